@@ -1,0 +1,423 @@
+"""The script as it is shipped, run in the sandbox: a VM whose WireServer and IMDS are at their real addresses."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from typing import Any, Dict, List, Optional, Sequence
+
+from tests import sandbox
+
+SCRIPT = [sys.executable, "-IS", sandbox.SCRIPT]
+SETHOSTNAME = f"{sys.executable} -c 'import socket, sys; socket.sethostname(sys.argv[1])'"
+
+
+class Result:
+    """What a run in the sandbox came to."""
+
+    def __init__(self, done: "subprocess.CompletedProcess[bytes]", seen: Dict[str, Any]) -> None:
+        self.status = done.returncode
+        self.stdout = done.stdout.decode()
+        self.stderr = done.stderr.decode()
+        self.seen = seen
+
+    def __str__(self) -> str:
+        return f"status {self.status}\n{self.stdout}\n{self.stderr}\n{json.dumps(self.seen, indent=1)}"
+
+
+class SandboxCase(unittest.TestCase):
+    """Runs the sandbox, and sees to it that the machine stays as it is."""
+
+    def setUp(self) -> None:
+        self.directory = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.directory)
+        self.machine = self.look_at_the_machine()
+
+    def tearDown(self) -> None:
+        self.assertEqual(self.look_at_the_machine(), self.machine)
+
+    @staticmethod
+    def look_at_the_machine() -> List[Any]:
+        state = [os.uname().nodename]  # type: List[Any]
+        for path in ("/etc/hostname", "/etc/hosts", "/etc"):
+            state.append(os.stat(path).st_mtime_ns if os.path.exists(path) else None)
+        with open("/proc/self/mountinfo", encoding="utf-8") as file:
+            state.append(file.read())
+        return state
+
+    def vm(self, *arguments: str, options: Sequence[str] = (), script: Optional[Dict[str, Any]] = None) -> Result:
+        """Run the script with arguments in a VM that options describe, on an Azure that misbehaves by script."""
+        return self.vm_command(*SCRIPT, *arguments, options=options, script=script)
+
+    def vm_command(self, *command: str, options: Sequence[str] = (), script: Optional[Dict[str, Any]] = None) -> Result:
+        """Run command in the VM."""
+        seen = os.path.join(self.directory, "seen")
+        with open(seen, "w", encoding="utf-8") as file:
+            file.write("{}")
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "tests.sandbox",
+                "--json",
+                seen,
+                "--script",
+                json.dumps(script or {}),
+                *options,
+                *command,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=sandbox.REPOSITORY,
+            check=False,
+            timeout=60,
+        )
+        with open(seen, encoding="utf-8") as file:
+            return Result(done, json.load(file))
+
+    def check_ready(self, result: Result, host_name: str = "web-01") -> None:
+        self.assertEqual(
+            [report["state"] for report in result.seen["reports"] if report["accepted"]], ["Ready"], result
+        )
+        self.assertEqual(result.seen["host_name"], host_name, result)
+        self.assertEqual(result.seen["etc_hostname"], host_name + "\n", result)
+        self.assertNotIn("Traceback", result.stderr, result)
+
+
+class MainJobTest(SandboxCase):
+    """From the image's name and silence to the VM's name and Ready."""
+
+    def test_the_first_command_of_the_readme_provisions_in_under_two_seconds(self) -> None:
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.sandbox"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=sandbox.REPOSITORY,
+            check=False,
+        )
+        self.assertLess(time.monotonic() - started, 2)
+        self.assertEqual(done.returncode, 0, done)
+        output = done.stdout.decode()
+        self.assertRegex(output, r"(?m)^  Ready for container \S+, incarnation 3: accepted$")
+        self.assertRegex(output, r"(?m)^  web-01  \(/etc/hostname: web-01\)$")
+
+    def test_the_vm_is_named_and_then_ready(self) -> None:
+        result = self.vm()
+        self.assertEqual(result.status, 0, result)
+        self.check_ready(result)
+        self.assertEqual(
+            [(request["service"], request["method"]) for request in result.seen["requests"]],
+            [("imds", "GET"), ("wireserver", "GET"), ("wireserver", "POST")],
+        )
+        self.assertEqual(
+            result.seen["etc_hosts"], "127.0.0.1\tlocalhost\n127.0.1.1\tweb-01.example.com web-01\n", result
+        )
+        self.assertEqual(
+            result.stdout.splitlines(),
+            [
+                "set the host name to web-01, it was image",
+                "renamed 127.0.1.1 in /etc/hosts to web-01",
+                "reported Ready to 168.63.129.16, incarnation 3",
+            ],
+        )
+
+    def test_nothing_is_left_in_etc(self) -> None:
+        before = self.vm_command("true").seen["etc"]
+        self.assertEqual(self.vm().seen["etc"], before)
+
+    def test_a_vm_that_has_its_name_is_not_touched(self) -> None:
+        # An immutable directory would be better, but a user namespace may not have one.
+        look = "stat -c '%i %y' /etc /etc/hostname /etc/hosts"
+        hosts = "127.0.1.1 web-01\n"
+        result = self.vm_command(
+            "sh",
+            "-c",
+            f'a=$({look}); "$@" || exit; b=$({look}); [ "$a" = "$b" ]',
+            "sh",
+            *SCRIPT,
+            options=["--host-name", "web-01", "--hosts", hosts],
+        )
+        self.assertEqual(result.status, 0, result)
+        self.assertIn("the host name is web-01 already\n", result.stdout)
+        self.assertEqual(result.stderr, "")
+        self.check_ready(result)
+
+    def test_a_second_run_finds_all_as_wanted(self) -> None:
+        result = self.vm_command("sh", "-c", '"$@" && "$@"', "sh", *SCRIPT)
+        self.assertEqual(result.status, 0, result)
+        self.assertIn("the host name is web-01 already\n", result.stdout)
+
+    def test_the_line_in_etc_hosts_follows_by_itself(self) -> None:
+        result = self.vm(options=["--host-name", "web-01"])
+        self.assertIn("127.0.1.1\tweb-01.example.com web-01\n", result.seen["etc_hosts"])
+
+    def test_no_etc_hosts_is_made(self) -> None:
+        result = self.vm(options=["--no-hosts"])
+        self.check_ready(result)
+        self.assertIsNone(result.seen["etc_hosts"], result)
+
+    def test_the_resource_name_is_made_a_host_name(self) -> None:
+        result = self.vm(options=["--computer-name", "", "--name", "_scale_set_7"])
+        self.assertEqual(result.status, 0, result)
+        self.check_ready(result, "scale-set-7")
+
+    def test_a_name_for_the_shell_is_not_given_to_one(self) -> None:
+        result = self.vm(options=["--computer-name", "$(touch /etc/x)`touch /etc/x`;touch /etc/x"])
+        self.check_ready(result, "touch--etc-x--touch--etc-x--touch--etc-x")
+        self.assertNotIn("x", result.seen["etc"])
+
+
+class HostnamectlTest(SandboxCase):
+    """hostnamectl comes first; where it is missing, fails or does nothing, the module does it."""
+
+    def vm_with_hostnamectl(self, program: Optional[str], *arguments: str) -> Result:
+        """Run the script with a PATH on which hostnamectl is program, or nothing."""
+        if program is not None:
+            path = os.path.join(self.directory, "hostnamectl")
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(program)
+            os.chmod(path, 0o755)
+        os.chmod(self.directory, 0o755)
+        return self.vm_command(
+            "sh",
+            "-c",
+            'PATH=$0:$PATH; [ -e "$0/hostnamectl" ] || PATH=$0; exec "$@"',
+            self.directory,
+            *SCRIPT,
+            *arguments,
+        )
+
+    def test_hostnamectl_is_enough(self) -> None:
+        result = self.vm_with_hostnamectl(f'#!/bin/sh\necho "$3" >/etc/hostname; {SETHOSTNAME} "$3"\n')
+        self.assertEqual((result.status, result.stderr), (0, ""), result)
+        self.check_ready(result)
+
+    def test_hostnamectl_gets_the_name_as_one_argument(self) -> None:
+        result = self.vm_with_hostnamectl('#!/bin/sh\necho "$#:$*" >&2; exit 1\n')
+        self.assertIn("exit status 1: 3:--no-ask-password set-hostname web-01;", result.stderr)
+
+    def test_the_name_is_set_without_hostnamectl(self) -> None:
+        for situation, program in {
+            "missing": None,
+            "fails": "#!/bin/sh\necho 'Failed to connect to bus' >&2\nexit 1\n",
+            "does nothing": "#!/bin/sh\n",
+            "sets the kernel's name only": f'#!/bin/sh\n{SETHOSTNAME} "$3"\n',
+        }.items():
+            with self.subTest(situation):
+                result = self.vm_with_hostnamectl(program)
+                self.assertEqual(result.status, 0, result)
+                self.check_ready(result)
+                self.assertRegex(result.stderr, r"\Ahostnamectl .*; setting the host name without it\n\Z")
+
+    def test_a_name_that_cannot_be_set_is_an_error_and_ready_is_reported(self) -> None:
+        result = self.vm_command(
+            "sh", "-c", 'mkdir /etc/x && mount --bind /etc /etc && mount -o remount,bind,ro /etc && "$@"', "sh", *SCRIPT
+        )
+        self.assertEqual(result.status, 1, result)
+        self.assertEqual([report["state"] for report in result.seen["reports"]], ["Ready"])
+        self.assertEqual(result.seen["etc_hostname"], "image\n")
+        self.assertRegex(result.stderr.splitlines()[-1], r"^hostname failed: write /etc/\w+: .*Read-only file system")
+        self.assertNotIn("Traceback", result.stderr)
+
+
+class TroubleTest(SandboxCase):
+    """At the real addresses, with the real clock."""
+
+    def test_no_network_is_tried_again_and_then_one_line(self) -> None:
+        result = self.vm_command("sh", "-c", 'ip address flush dev lo; "$@"', "sh", *SCRIPT, "--timeout", "1.5")
+        self.assertEqual(result.status, 1, result)
+        self.assertRegex(result.stderr, r"(?m)^GET http://169.254.169.254:80/.*unreachable; trying again in 0\.\d s$")
+        for step in ("hostname", "ready"):
+            self.assertRegex(result.stderr, rf"(?m)^{step} failed: GET http://.*unreachable; gave up after 1\.5 s$")
+
+    def test_a_network_that_comes_late_is_used(self) -> None:
+        network = (
+            "ip address flush dev lo; "
+            "(sleep 1; ip address add 168.63.129.16 dev lo; ip address add 169.254.169.254 dev lo)& "
+        )
+        result = self.vm_command("sh", "-c", network + '"$@"', "sh", *SCRIPT)
+        self.assertEqual(result.status, 0, result)
+        self.assertIn("unreachable; trying again", result.stderr)
+        self.check_ready(result)
+
+    def test_packets_that_vanish_are_one_attempt_of_bounded_length(self) -> None:
+        result = self.vm_command(
+            "sh",
+            "-c",
+            "ip addr del 169.254.169.254/32 dev lo; ip link add x type veth peer name y; ip link set x up;"
+            'ip link set y up; ip addr add 169.254.169.250/30 dev x; "$@"',
+            "sh",
+            *SCRIPT,
+            "--timeout",
+            "2",
+        )
+        self.assertEqual(result.status, 1, result)
+        self.assertEqual([report["state"] for report in result.seen["reports"]], ["Ready"])
+        self.assertRegex(result.stderr, r"(?m)^hostname failed: .*gave up after 2 s$")
+
+    def test_ready_is_reported_although_imds_is_not_there(self) -> None:
+        result = self.vm("--timeout", "1", options=["--absent", "imds"])
+        self.assertEqual(result.status, 1, result)
+        self.assertEqual([report["state"] for report in result.seen["reports"]], ["Ready"])
+        self.assertEqual(result.seen["host_name"], "image")
+        self.assertRegex(
+            result.stderr, r"(?m)^hostname failed: GET http://169\.254\.169\.254:80/metadata/\S+: .*refused"
+        )
+
+    def test_the_name_is_set_although_wireserver_is_not_there(self) -> None:
+        result = self.vm("--timeout", "1", options=["--absent", "wireserver"])
+        self.assertEqual(result.status, 1, result)
+        self.assertEqual(result.seen["host_name"], "web-01")
+
+    def test_troubles_one_after_the_other_end_with_ready(self) -> None:
+        script = {
+            "imds": [{"status": 404}, {"status": 410}, {"do": "reset"}],
+            "wireserver": [{"status": 503}, {"body": "<"}, {"do": "right"}, {"do": "moved"}],
+        }
+        result = self.vm(script=script)
+        self.assertEqual(result.status, 0, result)
+        self.check_ready(result)
+
+    def test_sigterm_ends_it_at_once_with_a_status_that_is_not_zero(self) -> None:
+        code = 'trap "" PIPE; "$@" & sleep 0.7; kill -TERM $!; wait $!; s=$?; [ $s -ne 0 ] && exit 42; exit $s'
+        started = time.monotonic()
+        result = self.vm_command("sh", "-c", code, "sh", *SCRIPT, script={"imds": [{"do": "silent"}]})
+        self.assertLess(time.monotonic() - started, 5)
+        self.assertEqual(result.status, 42, result)
+        self.assertNotIn("Traceback", result.stderr)
+
+    def test_ctrl_c_is_no_traceback(self) -> None:
+        code = (
+            "import subprocess, sys, time; p = subprocess.Popen(sys.argv[1:]); time.sleep(0.7); "
+            "p.send_signal(2); sys.exit(p.wait() + 44)"
+        )
+        result = self.vm_command(sys.executable, "-c", code, *SCRIPT, script={"imds": [{"do": "silent"}]})
+        self.assertEqual((result.status, result.stderr), (44 - signal.SIGINT, ""), result)
+
+
+class OutputTest(SandboxCase):
+    """Messages: where they go, and that none of them matters more than the report."""
+
+    def test_output_that_cannot_be_written_does_not_stop_the_report(self) -> None:
+        for situation, redirection in {
+            "full disk": ">/dev/full 2>/dev/full",
+            "closed": ">&- 2>&-",
+            "closed pipe": "2>&1 | true",
+        }.items():
+            with self.subTest(situation):
+                code = f'{{ "$@"; echo $? >/etc/status; }} {redirection}; sleep 0.1; exit "$(cat /etc/status)"'
+                result = self.vm_command("sh", "-c", code, "sh", *SCRIPT, script={"wireserver": [{"status": 503}]})
+                self.assertEqual(result.status, 0, result)
+                self.check_ready(result)
+
+    def test_problems_go_to_stderr_and_messages_to_stdout_one_line_each(self) -> None:
+        result = self.vm(
+            script={"imds": [{"status": 500, "body": "a\nb\x1b[2J\u2028c"}]}, options=["--host-name", "web-01"]
+        )
+        self.assertEqual(len(result.stdout.splitlines()), 2, result)
+        self.assertRegex(result.stderr, r"\AGET \S+: status 500 a b \[2J c; trying again in 0\.\d s\n\Z")
+
+    def test_under_the_journal_problems_carry_their_priority(self) -> None:
+        code = (
+            "import os,subprocess,sys; r,w=os.pipe(); s=os.fstat(w); "
+            "e=dict(os.environ, JOURNAL_STREAM='%d:%d'%(s.st_dev,s.st_ino)); "
+            "p=subprocess.Popen(sys.argv[1:],env=e,stdout=w,stderr=w); os.close(w); "
+            "sys.stdout.write(os.fdopen(r).read()); sys.exit(p.wait())"
+        )
+        result = self.vm_command(sys.executable, "-c", code, *SCRIPT, "--timeout", "2", options=["--absent", "imds"])
+        self.assertRegex(result.stdout, r"(?m)^<4>GET .*; trying again")
+        self.assertRegex(result.stdout, r"(?m)^<3>hostname failed: ")
+        self.assertRegex(result.stdout, r"(?m)^reported Ready to ")
+
+    def test_another_ones_journal_stream_is_not_ours(self) -> None:
+        result = self.vm_command("env", "JOURNAL_STREAM=1:2", *SCRIPT, script={"imds": [{"status": 500}]})
+        self.assertNotIn("<4>", result.stderr)
+
+    def test_verbose_shows_what_the_services_answer(self) -> None:
+        result = self.vm("-v")
+        self.assertRegex(result.stdout, r"(?m)^GET http://169\.254\.169\.254:80/metadata/\S+: status 200: web-01$")
+        self.assertRegex(
+            result.stdout, r"(?m)^GET http://168\.63\.129\.16:80/machine\?comp=goalstate: status 200: .*<GoalState"
+        )
+
+
+class CommandLineTest(SandboxCase):
+    """What people run by hand."""
+
+    def test_a_dry_run_changes_and_reports_nothing(self) -> None:
+        result = self.vm("-n")
+        self.assertEqual(result.status, 0, result)
+        self.assertEqual(result.seen["reports"], [])
+        self.assertEqual((result.seen["host_name"], result.seen["etc_hostname"]), ("image", "image\n"))
+        self.assertEqual(result.seen["etc_hosts"], sandbox.HOSTS)
+        self.assertIn("would set the host name to web-01, now it is image\n", result.stdout)
+        self.assertRegex(result.stdout, r"(?m)^would report to 168\.63\.129\.16: .*<State>Ready</State>.*</Health>$")
+
+    def test_a_dry_run_works_as_an_ordinary_user(self) -> None:
+        if os.geteuid() == 0:
+            # /root, where a pyenv may live, is closed to others.
+            result = self.vm_command(
+                "setpriv", "--reuid=65534", "--clear-groups", "/usr/bin/python3", *SCRIPT[1:], "-n"
+            )
+        else:
+            result = self.vm_command("setpriv", "--bounding-set=-all", *SCRIPT, "-n")
+        self.assertEqual(result.status, 0, result)
+        self.assertIn("would set the host name to web-01", result.stdout)
+        self.assertIn("<State>Ready</State>", result.stdout)
+
+    def test_one_step_alone(self) -> None:
+        result = self.vm("hostname")
+        self.assertEqual((result.seen["host_name"], result.seen["reports"]), ("web-01", []), result)
+        result = self.vm("ready")
+        self.assertEqual((result.seen["host_name"], len(result.seen["reports"])), ("image", 1), result)
+        self.assertNotIn("imds", [request["service"] for request in result.seen["requests"]])
+
+    def test_a_failure_is_reported_instead_of_the_steps(self) -> None:
+        result = self.vm("--fail", "no disk")
+        self.assertEqual(result.status, 0, result)
+        (report,) = result.seen["reports"]
+        self.assertEqual((report["state"], report["description"]), ("NotReady", "no disk"))
+        self.assertEqual(result.seen["host_name"], "image")
+
+    def test_version_and_help(self) -> None:
+        self.assertRegex(self.vm("--version").stdout, r"\Aazure-provisioning \d+\.\d+\.\d+\n\Z")
+        self.assertIn("--dry-run", self.vm("--help").stdout)
+
+    def test_wrong_usage_ends_with_status_2_before_anything_is_asked(self) -> None:
+        result = self.vm("--timeout", "soon")
+        self.assertEqual((result.status, result.seen["requests"]), (2, []))
+
+
+class SandboxTest(SandboxCase):
+    """The sandbox itself: it cannot reach the machine."""
+
+    def test_no_bus_can_be_reached(self) -> None:
+        result = self.vm_command("sh", "-c", 'ls -A /run; echo "bus: $DBUS_SYSTEM_BUS_ADDRESS"')
+        self.assertEqual(result.stdout, "bus: \n")
+
+    def test_it_refuses_to_furnish_the_machine(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.sandbox"],
+            env=dict(os.environ, **{sandbox.MARK: sandbox.namespaces()}),
+            stderr=subprocess.PIPE,
+            cwd=sandbox.REPOSITORY,
+            check=False,
+        )
+        self.assertEqual((done.returncode, done.stderr), (1, b"sandbox: refusing to furnish the machine itself\n"))
+
+    def test_the_exit_status_is_that_of_the_command(self) -> None:
+        self.assertEqual(self.vm_command("sh", "-c", "exit 7").status, 7)
+
+    def test_a_command_that_does_not_exist_is_one_line(self) -> None:
+        result = self.vm_command("no-such-command")
+        self.assertEqual((result.status, len(result.stderr.splitlines())), (1, 1), result)
+
+
+if __name__ == "__main__":
+    unittest.main()
