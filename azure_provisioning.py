@@ -30,7 +30,7 @@ if sys.modules["ssl"] is None:
 
 TYPE_CHECKING = False  # typing is for mypy alone
 if TYPE_CHECKING:
-    from typing import Callable, Dict, Iterator, Optional, Sequence, TypeVar
+    from typing import Callable, Dict, Iterator, Optional, Sequence, Tuple, TypeVar
 
     Answer = TypeVar("Answer")
 
@@ -386,19 +386,108 @@ def rename_in_hosts(text: str, name: str) -> str:
     return re.sub(r"(?m)^([ \t]*127\.0\.1\.1[ \t]+)([^\s#][^\r\n#]*)", rename, text)
 
 
+# The lease: the virtual network's DNS learns the name from a DHCP client that asks again, and leases there never end.
+
+
+def default_interface() -> str:
+    """Return the interface of the IPv4 default route, the preferred one if there are several; '' if there is none."""
+    routes = [line.split() for line in read_file("/proc/self/net/route").splitlines()[1:]]
+    # The columns are: interface, destination, gateway, flags, references, uses, metric, mask, and three more.
+    defaults = [(int(route[6]), route[0]) for route in routes if route[1] == "00000000" and route[7] == "00000000"]
+    return min(defaults)[1] if defaults else ""
+
+
+def source_address() -> str:
+    """Return the address from which this machine would speak to the WireServer, '' if it could not. Sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((WIRESERVER, 80))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return ""
+
+
+def find_renewal(interface: str) -> "Tuple[Tuple[str, ...], str]":
+    """Return the command by which the DHCP client of interface asks again, and the lease file it will then rewrite.
+
+    The file is '' where the command waits for the lease itself; the command is () if no client known here has a lease.
+    Less would not send the name (networkctl renew, nmcli device reapply); an ifup's dhclient would die with our unit.
+    """
+    try:
+        index = socket.if_nametoindex(interface)
+        lease = f"/run/systemd/netif/leases/{index}"
+        if os.path.exists(lease):
+            return ("networkctl", "reconfigure", interface), lease
+        connection = re.search("(?m)^connection-uuid=(.+)", read_file(f"/run/NetworkManager/devices/{index}"))
+        if connection:
+            name = f"{connection.group(1)}-{interface}.lease"
+            if any(file.endswith(name) for file in os.listdir("/var/lib/NetworkManager")):
+                return ("nmcli", "--wait", f"{COMMAND_LIMIT:.0f}", "device", "connect", interface), ""
+        if os.path.exists(f"/run/network/ifstate.{interface}") and os.path.exists(f"/run/dhclient.{interface}.pid"):
+            return ("systemctl", "restart", "networking.service"), ""
+    except (OSError, ProvisioningError):  # the interface went away, say
+        pass
+    return (), ""
+
+
+def modified(path: str) -> int:
+    """Return when the file path was written last, in nanoseconds; 0 if there is none."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def publish_host_name(name: str, dry_run: bool = False) -> None:
+    """Have the DHCP client of the default route send name to the virtual network's DNS, and wait for the lease.
+
+    Best effort, for COMMAND_LIMIT at most: trouble is one line that says what to do by hand, and an error only if the
+    interface has lost its address or its default route.
+    """
+    by_hand = f"for other machines to resolve {name}, restart the DHCP client, or reboot"
+    interface = default_interface()
+    command, lease = find_renewal(interface)
+    asked = " ".join(command)
+    if not command:
+        log(WARNING, f"found no DHCP lease to renew on {interface or 'a default route'}; {by_hand}")
+        return
+    if dry_run:
+        log(INFO, f"would run {asked}")
+        return
+    started = time.monotonic()
+    written = modified(lease)
+    failure = ""
+    try:
+        run(*command)
+    except ProvisioningError as error:
+        failure = str(error)
+    while True:
+        connected = default_interface() and source_address()
+        renewed = not lease or modified(lease) not in (0, written)
+        if (connected and (renewed or failure)) or time.monotonic() - started > COMMAND_LIMIT:
+            break
+        time.sleep(0.02)
+    if not connected:
+        log(ERROR, f"{interface} has no address or no default route since {asked}; {failure or by_hand}")
+    elif failure or not renewed:
+        log(WARNING, f"{failure or asked + ': no new lease'}; {by_hand}")
+    else:
+        log(INFO, f"published {name} by {asked}, after {time.monotonic() - started:.1f} s")
+
+
 # The steps, in the order in which a VM lives them, and the command line.
 
 
 class Options:
     """The command line; the values here are those of a run without arguments, as systemd runs it."""
 
-    steps = ()  # type: Sequence[str]
+    steps: "Sequence[str]" = ()
     dry_run = False
     verbose = False
-    fail = None  # type: Optional[str]
+    fail: "Optional[str]" = None
     wireserver = WIRESERVER
     imds = IMDS
-    timeout = None  # type: Optional[float]
+    timeout: "Optional[float]" = None
 
 
 def hostname_step(options: Options) -> None:
@@ -415,6 +504,7 @@ def hostname_step(options: Options) -> None:
         log(INFO, f"the host name is {name} already")
     elif options.dry_run:
         log(INFO, f"would set the host name to {name}, now it is {old_name}")
+        publish_host_name(name, dry_run=True)
     else:
         if not named:
             set_host_name(name)
@@ -422,6 +512,8 @@ def hostname_step(options: Options) -> None:
         if hosts != wanted_hosts:
             replace_file(ETC_HOSTS, wanted_hosts)
             log(INFO, f"renamed 127.0.1.1 in {ETC_HOSTS} to {name}")
+        if not named:
+            publish_host_name(name)
 
 
 def ready_step(options: Options) -> None:

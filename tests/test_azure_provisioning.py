@@ -13,7 +13,7 @@ import time
 import tracemalloc
 import unittest
 from contextlib import ExitStack
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 from unittest import mock
 from xml.etree import ElementTree
 
@@ -28,7 +28,7 @@ class Clock:
     """Stands in for the module's time: sleeping takes no time, but what really takes time does."""
 
     def __init__(self) -> None:
-        self.pauses = []  # type: List[float]
+        self.pauses: List[float] = []
         self.skipped = 0.0
 
     def monotonic(self) -> float:
@@ -49,8 +49,8 @@ class Case(unittest.TestCase):
         stack = ExitStack()
         self.addCleanup(stack.close)
         self.clock = Clock()
-        self.lines = []  # type: List[str]
-        self.levels = []  # type: List[int]
+        self.lines: List[str] = []
+        self.levels: List[int] = []
         stack.enter_context(mock.patch.object(azure_provisioning, "time", self.clock))
         stack.enter_context(mock.patch.object(azure_provisioning, "log", self.log))
         stack.enter_context(mock.patch.object(azure_provisioning, "ATTEMPT_LIMIT", 0.3))
@@ -81,7 +81,7 @@ class Case(unittest.TestCase):
 
 
 # What can go wrong with one exchange, whoever the service is.
-TROUBLE = {
+TROUBLE: Dict[str, Dict[str, Any]] = {
     "silence": {"do": "silent"},
     "a reset": {"do": "reset"},
     "a connection closed at once": {"do": "close"},
@@ -97,7 +97,7 @@ TROUBLE = {
     "a length that is none": {"headers": {"Content-Length": "-17"}, "body": "short"},
     "a redirect": {"status": 301, "headers": {"Location": "http://127.0.0.1:9/"}},
     "something not quite an answer": {"status": 103},
-}  # type: Dict[str, Dict[str, Any]]
+}
 STATUSES = (300, 304, 401, 403, 405, 408, 409, 410, 418, 429, 500, 501, 502, 503, 504, 599)
 TROUBLE.update((f"status {status}", {"status": status}) for status in STATUSES)
 
@@ -117,7 +117,7 @@ class KeepTryingTest(Case):
         self.assertLess(len(warning), 450)
 
     def test_ready_is_reported_after_any_trouble_with_the_goal_state(self) -> None:
-        wrong = {
+        wrong: Dict[str, Dict[str, Any]] = {
             "status 400": {"status": 400},
             "status 404": {"status": 404},
             "no body": {"status": 200},
@@ -129,7 +129,7 @@ class KeepTryingTest(Case):
             "no incarnation": {"body": GOAL_STATE.replace("{incarnation}", "")},
             "no container": {"body": GOAL_STATE.replace("{container_id}", " \n")},
             "no instance": {"body": GOAL_STATE.replace("RoleInstance>", "Role>")},
-        }  # type: Dict[str, Dict[str, Any]]
+        }
         for name, entry in self.trouble(wrong):
             with self.subTest(name):
                 self.forget()
@@ -139,7 +139,7 @@ class KeepTryingTest(Case):
                 self.check_one_line_and_one_short_pause()
 
     def test_ready_is_reported_after_any_trouble_with_the_report(self) -> None:
-        wrong = {"status 400": {"status": 400}, "status 404": {"status": 404}}  # type: Dict[str, Dict[str, Any]]
+        wrong: Dict[str, Dict[str, Any]] = {"status 400": {"status": 400}, "status 404": {"status": 404}}
         for name, entry in self.trouble(wrong):
             if "cut" in entry.values():
                 continue  # the right answer has no body to cut
@@ -500,6 +500,167 @@ class RenameInHostsTest(unittest.TestCase):
 
     def test_names_are_taken_literally(self) -> None:
         self.check("127.0.1.1 a+b(c a+b(c.example\n", "127.0.1.1 new new.example\n")
+
+
+ROUTES = """Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT
+lan0\t0000000A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0
+"""
+
+
+class PublishTest(Case):
+    """The DHCP client is made to send the name; the boot tests do it with real ones."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.interface = "eth7"
+        self.address = "10.0.0.4"
+        self.written = 1
+        self.ran: List[str] = []
+        self.outcome: Optional[ProvisioningError] = None
+        self.renewal: Tuple[Tuple[str, ...], str] = (("renew", "eth7"), "/lease")
+        for name, replacement in {
+            "default_interface": lambda: self.interface,
+            "source_address": lambda: self.address,
+            "find_renewal": lambda interface: self.renewal if interface else ((), ""),
+            "modified": lambda path: self.written,
+            "run": self.run_command,
+        }.items():
+            self.stack.enter_context(mock.patch.object(azure_provisioning, name, replacement))
+
+    def run_command(self, *command: str) -> None:
+        self.ran.append(" ".join(command))
+        if self.outcome:
+            raise self.outcome
+        self.renewed()
+
+    def renewed(self) -> None:
+        """What the client does when it is asked: a new lease after a while, unless a test wants something else."""
+        self.at_pause(3, written=2)
+
+    def at_pause(self, count: int, **change: Any) -> None:
+        """Change what is true of the network once the module has slept count times."""
+        sleep = self.clock.sleep
+
+        def then(seconds: float) -> None:
+            sleep(seconds)
+            if len(self.clock.pauses) == count:
+                self.__dict__.update(change)
+
+        self.stack.enter_context(mock.patch.object(self.clock, "sleep", then))
+
+    def publish(self, level: int, pattern: str) -> None:
+        before = self.clock.monotonic()
+        azure_provisioning.publish_host_name("web-01")
+        self.assertLess(self.clock.monotonic() - before, azure_provisioning.COMMAND_LIMIT + 1)
+        self.assertEqual(self.levels, [level], self.lines)
+        self.assertRegex(self.lines[0], pattern)
+
+    def test_it_waits_for_the_new_lease(self) -> None:
+        self.publish(azure_provisioning.INFO, r"^published web-01 by renew eth7, after \d\.\d s$")
+        self.assertEqual(len(self.clock.pauses), 3)
+
+    def test_it_waits_for_the_default_route(self) -> None:
+        self.renewal = ("renew", "eth7"), ""
+        self.at_pause(1, interface="")
+        self.at_pause(5, interface="eth7")
+        with mock.patch.object(self, "renewed", lambda: setattr(self, "interface", "")):
+            self.publish(azure_provisioning.INFO, "^published web-01 by ")
+        self.assertEqual(len(self.clock.pauses), 5)
+
+    def test_it_waits_for_the_address(self) -> None:
+        self.renewal = ("renew", "eth7"), ""
+        self.at_pause(5, address="10.0.0.4")
+        with mock.patch.object(self, "renewed", lambda: setattr(self, "address", "")):
+            self.publish(azure_provisioning.INFO, "^published web-01 by ")
+        self.assertEqual(len(self.clock.pauses), 5)
+
+    def test_a_network_that_stays_away_is_an_error_that_says_what_was_run(self) -> None:
+        self.at_pause(1, interface="")
+        self.publish(azure_provisioning.ERROR, "^eth7 has no address or no default route since renew eth7; ")
+        self.assertGreater(sum(self.clock.pauses), 14)
+
+    def test_a_lease_that_does_not_come_is_a_warning_that_says_what_to_do(self) -> None:
+        with mock.patch.object(self, "renewed"):
+            self.publish(
+                azure_provisioning.WARNING, "^renew eth7: no new lease; .* resolve web-01, restart the DHCP client"
+            )
+
+    def test_a_command_that_fails_is_a_warning_at_once(self) -> None:
+        self.outcome = ProvisioningError("renew eth7: exit status 3: no")
+        self.publish(azure_provisioning.WARNING, "^renew eth7: exit status 3: no; for other machines to resolve web-01")
+        self.assertEqual(self.clock.pauses, [])
+
+    def test_no_default_route_and_no_lease_are_a_warning(self) -> None:
+        self.renewal = (), ""
+        self.publish(azure_provisioning.WARNING, "^found no DHCP lease to renew on eth7; ")
+        self.forget()
+        self.interface = ""
+        self.publish(azure_provisioning.WARNING, "^found no DHCP lease to renew on a default route; ")
+        self.assertEqual(self.ran, [])
+
+    def test_a_dry_run_says_what_would_be_run(self) -> None:
+        azure_provisioning.publish_host_name("web-01", dry_run=True)
+        self.assertEqual((self.lines, self.ran), (["would run renew eth7"], []))
+
+
+class NetworkTest(unittest.TestCase):
+    """What the module reads of the network, and whose the lease is."""
+
+    def default(self, *routes: str) -> str:
+        with mock.patch.object(azure_provisioning, "read_file", return_value=ROUTES + "".join(routes)):
+            return azure_provisioning.default_interface()
+
+    def test_the_preferred_default_route_is_taken(self) -> None:
+        first, second = [
+            f"{name}\t00000000\t0100000A\t0003\t0\t0\t{metric}\t00000000\t0\t0\t0\n"
+            for name, metric in (("a1", 200), ("b0", 100))
+        ]
+        self.assertEqual(self.default(), "")
+        self.assertEqual(self.default(first), "a1")
+        self.assertEqual(self.default(first, second), "b0")
+        half = "tun0\t00000000\t00000000\t0001\t0\t0\t0\t00000080\t0\t0\t0\n"  # 0.0.0.0/1 is not the default
+        self.assertEqual(self.default(half, first), "a1")
+
+    def test_this_machine_can_be_asked(self) -> None:
+        azure_provisioning.default_interface()
+        azure_provisioning.source_address()
+
+    def find(self, *files: str, texts: Optional[Dict[str, str]] = None) -> Any:
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(socket, "if_nametoindex", return_value=2))
+            stack.enter_context(mock.patch.object(os.path, "exists", lambda path: path in files))
+            stack.enter_context(
+                mock.patch.object(os, "listdir", return_value=[os.path.basename(file) for file in files])
+            )
+            stack.enter_context(
+                mock.patch.object(azure_provisioning, "read_file", lambda path: (texts or {}).get(path, ""))
+            )
+            return azure_provisioning.find_renewal("eth0")
+
+    def test_the_client_that_holds_the_lease_is_asked(self) -> None:
+        lease = "/run/systemd/netif/leases/2"
+        self.assertEqual(self.find(lease), (("networkctl", "reconfigure", "eth0"), lease))
+        device = {"/run/NetworkManager/devices/2": "[device]\nmanaged=true\nconnection-uuid=1-2\nnm-owned=false\n"}
+        self.assertEqual(
+            self.find("/var/lib/NetworkManager/internal-1-2-eth0.lease", texts=device),
+            (("nmcli", "--wait", "15", "device", "connect", "eth0"), ""),
+        )
+        self.assertEqual(
+            self.find("/run/network/ifstate.eth0", "/run/dhclient.eth0.pid"),
+            (("systemctl", "restart", "networking.service"), ""),
+        )
+
+    def test_who_has_no_lease_is_left_alone(self) -> None:
+        nothing = ((), "")
+        self.assertEqual(self.find(), nothing)
+        self.assertEqual(self.find("/run/systemd/netif/leases/3"), nothing)
+        device = {"/run/NetworkManager/devices/2": "[device]\nmanaged=true\nconnection-uuid=1-2\n"}
+        self.assertEqual(self.find("/var/lib/NetworkManager/internal-1-2-eth1.lease", texts=device), nothing)
+        self.assertEqual(self.find("/run/dhclient.eth0.pid"), nothing)
+        self.assertEqual(self.find("/run/network/ifstate.eth0"), nothing)
+
+    def test_an_interface_that_went_away_is_left_alone(self) -> None:
+        self.assertEqual(azure_provisioning.find_renewal("no-such-if0"), ((), ""))
 
 
 class MainTest(Case):

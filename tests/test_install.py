@@ -55,7 +55,7 @@ class InstallCase(unittest.TestCase):
 
     def tree(self) -> Dict[str, Tuple[object, ...]]:
         """Return all that is in the root: type and mode, content, and the time of its last change."""
-        found = {}  # type: Dict[str, Tuple[object, ...]]
+        found: Dict[str, Tuple[object, ...]] = {}
         for directory, directories, files in os.walk(self.root):
             for name in directories + files:
                 path = os.path.join(directory, name)
