@@ -16,6 +16,7 @@ What the services are asked is recorded, and so is what became of each health re
 """
 
 import argparse
+import contextlib
 import json
 import socket
 import struct
@@ -24,7 +25,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from socketserver import ThreadingMixIn
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 from urllib.parse import parse_qs, urlsplit
 from xml.etree import ElementTree
 
@@ -92,13 +93,13 @@ class FakeAzure:
         self.drip_pause = drip_pause
         self.incarnation = 3
         self.moves = 0
-        self.requests = []  # type: List[Dict[str, Any]]
-        self.reports = []  # type: List[Dict[str, Any]]
+        self.requests: List[Dict[str, Any]] = []
+        self.reports: List[Dict[str, Any]] = []
         self.stopping = threading.Event()
         self.lock = threading.Lock()
-        self.served = []  # type: List[float]
-        self.servers = []  # type: List[_Server]
-        self.verbose = False
+        self.served: List[float] = []
+        self.servers: List[_Server] = []
+        self.observer: Optional[Callable[[Dict[str, Any]], None]] = None
 
     # What a test wants to know.
 
@@ -150,11 +151,11 @@ class FakeAzure:
         self.stop()
 
     def record(self, request: Dict[str, Any]) -> None:
-        """Remember a request with its outcome, and print it if asked to."""
+        """Remember a request with its outcome, and tell the observer."""
         with self.lock:
             self.requests.append(request)
-        if self.verbose:
-            print("{service}: {method} {path}: {outcome}".format(**request), flush=True)
+            if self.observer:
+                self.observer(request)
 
     # How the services answer.
 
@@ -288,10 +289,11 @@ class _Server(ThreadingMixIn, HTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    server = None  # type: Any
+    server: Any = None
 
     def handle_any(self) -> None:
-        azure, service = self.server.azure, self.server.service  # type: FakeAzure, str
+        azure: FakeAzure = self.server.azure
+        service: str = self.server.service
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         with azure.lock:
             entry = azure.script[service].pop(0) if azure.script[service] else {}
@@ -310,7 +312,10 @@ class _Handler(BaseHTTPRequestHandler):
         if action == "moved":
             azure.move()
         if action in ("right", "moved", "cut", "drip") and not {"status", "body"} & set(entry):
+            known = len(azure.reports)
             answer = azure.answer(service, self.command, self.path, headers, body)
+            if self.command == "POST" and len(azure.reports) > known:
+                request["report"] = azure.reports[-1]
             request["outcome"] = str(answer[0]) + ("" if action in ("right", "moved") else f", {action}")
         else:
             body = (entry.get("body", "") * entry.get("repeat", 1)).encode("utf-8", "surrogateescape")
@@ -363,7 +368,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_drip(self, status: int, headers: Dict[str, str], body: bytes) -> None:
         self.head(status, headers, len(body))
         head = b"".join(self._headers_buffer) + b"\r\n"
-        self._headers_buffer = []  # type: List[bytes]
+        self._headers_buffer: List[bytes] = []
         self.send_until_stopped(head + body, self.server.azure.drip_pause)
 
     # Bounded all the same, should the client never stop to read.
@@ -394,21 +399,34 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m tests.fake_azure", description="A pretend Azure for one VM.")
     parser.add_argument("--wireserver", default="127.0.0.1:8016", metavar="HOST:PORT", help="default: %(default)s")
     parser.add_argument("--imds", default="127.0.0.1:8254", metavar="HOST:PORT", help="default: %(default)s")
+    parser.add_argument(
+        "--absent", action="append", default=[], choices=(WIRESERVER, IMDS), help="a service to leave out"
+    )
     parser.add_argument("--name", default="web_01", help="the name of the VM resource (default: %(default)s)")
     parser.add_argument("--computer-name", default="web-01", help="the VM's host name (default: %(default)s)")
     parser.add_argument("--script", default="{}", metavar="JSON", help="see the top of tests/fake_azure.py")
+    parser.add_argument("--throttle", type=int, metavar="N", help="answer 429 past N requests a second")
+    parser.add_argument("--json", action="store_true", help="print each request as a line of JSON")
     options = parser.parse_args(arguments)
-    azure = FakeAzure(options.name, options.computer_name, json.loads(options.script))
-    azure.verbose = True
+    azure = FakeAzure(options.name, options.computer_name, json.loads(options.script), throttle=options.throttle)
+
+    def show(request: Dict[str, Any]) -> None:
+        if options.json:
+            print(json.dumps(request, default=repr), flush=True)
+        else:
+            print("{service}: {method} {path}: {outcome}".format(**request), flush=True)
+            if "report" in request:
+                print("  {state}, accepted: {accepted}".format(**request["report"]), flush=True)
+
+    azure.observer = show
     for service in (WIRESERVER, IMDS):
-        host, port = getattr(options, service).rsplit(":", 1)
-        print(service, "at", azure.listen(service, host, int(port)), flush=True)
-    with azure:
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            for report in azure.reports:
-                print("report:", json.dumps(report, sort_keys=True))
+        if service not in options.absent:
+            host, port = getattr(options, service).rsplit(":", 1)
+            address = azure.listen(service, host, int(port))
+            if not options.json:
+                print(service, "at", address, flush=True)
+    with azure, contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
     return 0
 
 

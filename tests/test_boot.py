@@ -1,0 +1,363 @@
+"""First boots, and those after them, of real systemds on three Debian releases.
+
+They take minutes, and root, so they run only if the environment variable AZURE_PROVISIONING_BOOT is set: to 1 for all
+releases, or to some, as in AZURE_PROVISIONING_BOOT=bookworm,trixie.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+import unittest
+from typing import Any, ClassVar, Dict, List, Optional, Type
+
+from tests import boot, sandbox
+from tests.boot import Azure, Lab, Machine, explained, wait_for
+
+VARIABLE = "AZURE_PROVISIONING_BOOT"
+WANTED = os.environ.get(VARIABLE, "")
+UNIT = "azure-provisioning.service"
+
+SHORT_BUDGET = f"""[Service]
+ExecStart=
+ExecStart=/usr/local/sbin/azure-provisioning --timeout 6
+ExecStart=/bin/systemctl disable {UNIT}
+"""
+
+
+class BootCase:
+    """The boots of one release; a class of each is made below."""
+
+    release = ""
+    lab: ClassVar[Lab]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        missing = boot.missing_tools()
+        if missing or os.geteuid() != 0:
+            raise AssertionError(f"booting takes root and {', '.join(boot.TOOLS)}; missing: {missing}")
+        cls.lab = Lab()
+        try:
+            cls.lab.root(cls.release)
+        except BaseException:
+            cls.lab.close()
+            raise
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        cls.lab.close()
+
+    # What the boots below have in common.
+
+    def check(self, machine: Machine, **wanted: Any) -> None:
+        """Compare what the machine is with what it should be, all at once."""
+        found: Dict[str, Any] = {
+            "system": machine.wait_until_booted(),
+            "unit": machine.run("systemctl", "is-enabled", UNIT).strip(),
+            "result": machine.show("Result"),
+            "host_name": machine.run("uname", "-n").strip(),
+            "etc_hostname": machine.read("etc/hostname").strip(),
+            "left_in_cgroup": [name for name, groups in machine.processes() if "/" + UNIT in groups],
+        }
+        expected = dict({"left_in_cgroup": []}, **wanted)
+        test: Any = self
+        test.assertEqual({key: found[key] for key in expected}, expected)
+
+    def check_provisioned(self, machine: Machine, azure: Azure, name: str = "web-01", reports: int = 1) -> None:
+        """Ready was accepted once, and the machine is named, disarmed and well."""
+        self.check(machine, system="running", unit="disabled", result="success", host_name=name, etc_hostname=name)
+        test: Any = self
+        test.assertEqual([report["state"] for report in azure.reports()], ["Ready"] * reports)
+        test.assertIn(f"127.0.1.1 {name}\n", machine.read("etc/hosts"))
+
+    def first_boot(self, client: str) -> None:
+        """Everything about the first boot of a VM with this DHCP client, and about the second."""
+        test: Any = self
+        with Azure(self.lab) as azure, Machine(self.lab, self.release, client) as machine, explained(machine, azure):
+            azure.start_network().start()
+            machine.boot(azure)
+            self.check_provisioned(machine, azure)
+            # The network knows the name: one lease, and the same address as under the image's name.
+            given = [line.split() for line in azure.text(azure.dhcp_log).splitlines() if " DHCPACK(azure0) " in line]
+            addresses = [line[line.index("DHCPACK(azure0)") + 1] for line in given]
+            names = [line[-1] for line in given]
+            test.assertEqual((names[0], names[-1]), (boot.IMAGE_NAME, "web-01"), given)
+            test.assertEqual(len(set(addresses)), 1, given)
+            test.assertEqual(azure.leases(), {addresses[0]: "web-01"})
+            test.assertEqual(azure.resolve("web-01"), addresses[0])
+            test.assertEqual(azure.resolve(boot.IMAGE_NAME), "")
+            test.assertEqual(machine.addresses(), [addresses[0]])
+            test.assertEqual([name for name, _ in machine.processes()].count("dhclient"), int(client == "ifupdown"))
+            # The steps came in their order, on the console too.
+            journal = machine.unit_journal()
+            said = [
+                f"set the host name to web-01, it was {boot.IMAGE_NAME}",
+                "published web-01 by ",
+                "reported Ready to 168.63.129.16",
+            ]
+            test.assertRegex(journal, "(?s)" + ".*".join(map(re.escape, said)))
+            for line in said:
+                test.assertIn(line, machine.console_text())
+            published = re.search(r"published web-01 by (.*), after ([0-9.]+) s", journal)
+            assert published
+            print(
+                f"{self.release}, {client}: the lease has the name after {published.group(2)} s, by {published.group(1)}"
+            )
+            machine.power_off()
+            known = len(azure.requests())
+            machine.boot(azure)
+            self.check(machine, system="running", unit="disabled", host_name="web-01", etc_hostname="web-01")
+            test.assertEqual(azure.requests()[known:], [])
+            test.assertEqual(machine.unit_journal().count("Starting"), 0)
+
+    def test_first_boot_with_networkd(self) -> None:
+        self.first_boot("networkd")
+
+    def test_first_boot_with_network_manager(self) -> None:
+        self.first_boot("NetworkManager")
+
+    def test_first_boot_with_ifupdown(self) -> None:
+        self.first_boot("ifupdown")
+
+    def late(self, network: bool) -> None:
+        """The network, or WireServer alone, comes 15 s late."""
+        test: Any = self
+        with Azure(self.lab) as azure, Machine(self.lab, self.release) as machine, explained(machine, azure):
+            if network:
+                azure.start()
+            else:
+                azure.start_network().start("wireserver")
+            machine.boot(azure)
+            time.sleep(15)
+            # Nothing else in the boot waits.
+            test.assertEqual(machine.run("systemctl", "is-active", "multi-user.target").strip(), "active")
+            test.assertEqual(
+                machine.run("systemctl", "is-active", UNIT).strip(), "inactive" if network else "activating"
+            )
+            if network:
+                azure.start_network()
+            else:
+                azure.start("imds")
+            there = time.monotonic()
+            wait_for("Ready", azure.reports, 30)
+            print(
+                f"{self.release}: Ready {azure.reports()[0]['time'] - there:.1f} s after {'DHCP' if network else 'WireServer'} was there"
+            )
+            self.check_provisioned(machine, azure)
+
+    def test_wireserver_that_comes_late(self) -> None:
+        self.late(network=False)
+
+    def test_a_network_that_comes_late(self) -> None:
+        self.late(network=True)
+
+    def test_a_power_cut_while_it_waits(self) -> None:
+        with Azure(self.lab) as azure, Machine(self.lab, self.release) as machine, explained(machine, azure):
+            azure.start_network()
+            machine.boot(azure)
+            wait_for("its first try", lambda: "trying again" in machine.unit_journal(), 30)
+            machine.cut_power()
+            self.check_armed(machine)
+            azure.start()
+            machine.boot(azure)
+            self.check_provisioned(machine, azure)
+
+    def check_armed(self, machine: Machine) -> None:
+        """The unit is enabled, on the disk."""
+        test: Any = self
+        test.assertEqual(machine.systemctl("is-enabled", UNIT).strip(), "enabled")
+
+    def test_wireserver_that_never_answers(self) -> None:
+        test: Any = self
+        with Azure(self.lab) as azure, Machine(self.lab, self.release) as machine, explained(machine, azure):
+            machine.write(f"etc/systemd/system/{UNIT}.d/budget.conf", SHORT_BUDGET)
+            azure.start_network().start("wireserver")
+            machine.boot(azure)
+            # One can log in while it waits.
+            wait_for("its first try", lambda: "trying again" in machine.unit_journal(), 30)
+            test.assertEqual(machine.show("ActiveState", "multi-user.target"), "active")
+            test.assertEqual(machine.show("ActiveState"), "activating")
+            test.assertEqual(machine.show("ActiveState", "console-getty.service"), "active")
+            test.assertFalse(os.path.exists(f"/proc/{machine.pid}/root/run/nologin"))
+            self.check(machine, system="degraded", unit="enabled", result="exit-code", host_name="web-01")
+            line = "ready failed: GET http://168.63.129.16:80/machine?comp=goalstate: "
+            test.assertEqual(machine.unit_journal().count(line), 1)
+            test.assertEqual(machine.console_text().count(line), 1)
+            test.assertRegex(machine.unit_journal(), re.escape(line) + ".*Connection refused; gave up after 6 s\n")
+            errors = machine.run("journalctl", "--no-pager", "--unit=" + UNIT, "--priority=3", "--output=cat")
+            test.assertIn(line, errors)
+            test.assertNotIn("trying again", errors)
+
+    def test_imds_that_never_answers(self) -> None:
+        test: Any = self
+        with Azure(self.lab) as azure, Machine(self.lab, self.release) as machine, explained(machine, azure):
+            drop_in = f"etc/systemd/system/{UNIT}.d/budget.conf"
+            machine.write(drop_in, SHORT_BUDGET)
+            azure.start_network().start("imds")
+            machine.boot(azure)
+            self.check(machine, system="degraded", unit="enabled", result="exit-code", host_name=boot.IMAGE_NAME)
+            test.assertEqual([report["state"] for report in azure.reports()], ["Ready"])
+            machine.power_off()
+            self.check_armed(machine)
+            azure.start("wireserver")
+            machine.boot(azure)
+            self.check_provisioned(machine, azure, reports=2)
+
+    def image_of_an_image(self, vendor_preset: Optional[str] = None) -> None:
+        """A VM is provisioned, captured as the README says, and another is made from it."""
+        with Machine(self.lab, self.release) as machine:
+            if vendor_preset:
+                machine.write("usr/lib/systemd/system-preset/99-default-disable.preset", vendor_preset)
+            for name in ("web-01", "web-02"):
+                with Azure(self.lab, name) as azure, explained(machine, azure):
+                    azure.start_network().start()
+                    machine.boot(azure)
+                    self.check_provisioned(machine, azure, name)
+                    machine.power_off()
+                machine.forget_identity()
+
+    def test_an_image_of_an_image(self) -> None:
+        self.image_of_an_image()
+
+    def test_an_image_of_an_image_whose_vendor_disables_all(self) -> None:
+        self.image_of_an_image("disable *\n")
+
+    def test_another_agent_is_refused(self) -> None:
+        test: Any = self
+        with Machine(self.lab, self.release, install=False) as machine:
+            self.lab.run(
+                "chroot", machine.root, "sh", "-c", "dpkg --unpack --force-depends /var/cache/cloud-init_*.deb"
+            )
+            names = os.listdir(machine.path("lib/systemd/system"))
+            machine.systemctl("enable", *[name for name in names if re.match(r"cloud-.*\.service", name)])
+            command = ["sh", os.path.join(sandbox.REPOSITORY, "install.sh"), "--root", machine.root]
+            before = machine.tree()
+            refused = self.lab.run(*command, check=False)
+            test.assertEqual(refused.returncode, 1, refused.stdout)
+            test.assertRegex(refused.stdout, r"\Ainstall\.sh: cloud-init is enabled in .*; nothing was changed\n\Z")
+            test.assertEqual(machine.tree(), before)
+            self.lab.run(*command, "--force")
+            self.check_armed(machine)
+
+    def test_uninstall_leaves_nothing(self) -> None:
+        test: Any = self
+        with Machine(self.lab, self.release, install=False) as machine:
+            before = machine.tree()
+            for more in ([], ["--uninstall"]):
+                self.lab.run("sh", os.path.join(sandbox.REPOSITORY, "install.sh"), "--root", machine.root, *more)
+                if not more:
+                    test.assertNotEqual(machine.tree(), before)
+            test.assertEqual(machine.tree(), before)
+
+    def test_usr_is_merged_or_not(self) -> None:
+        # bullseye stands for the systems where /usr is not merged: let it not become merged unnoticed.
+        test: Any = self
+        with Machine(self.lab, self.release) as machine:
+            test.assertEqual(os.path.islink(machine.path("bin")), self.release != "bullseye")
+
+    def test_the_sandbox_of_the_unit(self) -> None:
+        test: Any = self
+        with Azure(self.lab) as azure, Machine(self.lab, self.release) as machine, explained(machine, azure):
+            # Without hostnamectl the program itself has to be able to do what hostnamed does.
+            os.unlink(machine.path("usr/bin/hostnamectl"))
+            azure.start_network().start()
+            machine.boot(azure)
+            self.check_provisioned(machine, azure)
+            test.assertIn("setting the host name without it", machine.unit_journal())
+            test.assertEqual(os.stat(machine.path("etc/hostname")).st_mode & 0o777, 0o644)
+            score = re.search(r"exposure level for \S+: ([0-9.]+)", machine.run("systemd-analyze", "security", UNIT))
+            assert score
+            print(f"{self.release}: exposure {score.group(1)}")
+            test.assertLessEqual(float(score.group(1)), 2.7)
+            test.assertEqual(machine.run("systemd-analyze", "verify", "/etc/systemd/system/" + UNIT), "")
+
+    # The lease, in the cases that are not the usual one.
+
+    def test_an_address_that_is_not_from_dhcp_is_left_alone(self) -> None:
+        test: Any = self
+        with Azure(self.lab) as azure, Machine(self.lab, self.release) as machine, explained(machine, azure):
+            machine.write(
+                "etc/systemd/network/10-eth0.network",
+                f"[Match]\nName=eth0\n[Network]\nAddress=10.0.0.7/24\nGateway={boot.ROUTER}\n",
+            )
+            azure.start_network().start()
+            machine.boot(azure)
+            self.check_provisioned(machine, azure)
+            test.assertIn("found no DHCP lease to renew on eth0; for other machines", machine.unit_journal())
+            test.assertEqual(machine.addresses(), ["10.0.0.7"])
+
+    def test_no_default_route(self) -> None:
+        test: Any = self
+        with Azure(self.lab) as azure, Machine(self.lab, self.release) as machine, explained(machine, azure):
+            machine.write(
+                "etc/systemd/network/10-eth0.network",
+                "[Match]\nName=eth0\n[Network]\nAddress=10.0.0.7/24\n"
+                + "".join(f"[Route]\nDestination={a}\nScope=link\n" for a in sandbox.ADDRESSES.values()),
+            )
+            azure.start_network().start()
+            machine.boot(azure)
+            self.check_provisioned(machine, azure)
+            test.assertIn("found no DHCP lease to renew on a default route; for other", machine.unit_journal())
+
+    def test_the_interface_with_the_default_route_is_the_one(self) -> None:
+        test: Any = self
+        with Azure(self.lab) as azure, Machine(self.lab, self.release) as machine, explained(machine, azure):
+            # A second interface that comes first by name and by number, and one that has a worse default route.
+            azure.near_ip("link", "set", "eth0", "name", "eth7")
+            azure.near_ip("link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
+            machine.write("etc/systemd/network/00-eth0.network", "[Match]\nName=eth0\n[Network]\nAddress=10.9.0.1/24\n")
+            machine.write(
+                "etc/systemd/network/00-eth1.network",
+                "[Match]\nName=eth1\n[Network]\nAddress=10.9.1.1/24\n[Route]\nGateway=10.9.1.2\nMetric=5000\n",
+            )
+            azure.start_network().start()
+            machine.boot(azure)
+            self.check_provisioned(machine, azure)
+            test.assertIn("published web-01 by networkctl reconfigure eth7", machine.unit_journal())
+            test.assertEqual(list(azure.leases().values()), ["web-01"])
+
+
+class CleanlinessTest(unittest.TestCase):
+    """Boots leave nothing behind, also when they are killed."""
+
+    @unittest.skipUnless(WANTED, f"boots a machine: set {VARIABLE}=1")
+    def test_nothing_outlives_a_lab_that_is_killed(self) -> None:
+        def state() -> List[Any]:
+            with open("/proc/self/mountinfo", encoding="utf-8") as file:
+                mounts = file.read()
+            listing = subprocess.run(["ip", "netns"], stdout=subprocess.PIPE, check=True).stdout
+            return [mounts, listing, sorted(os.listdir("/dev/shm")), sorted(os.listdir("/run"))]
+
+        before = state()
+        code = (
+            "from tests.boot import *; lab = Lab(); lab.root = lambda release: '/'\n"
+            "azure = Azure(lab); azure.start_network().start(); print(lab.pid, flush=True); time.sleep(60)"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=sandbox.REPOSITORY, env=sandbox.environment()
+        ) as process:
+            assert process.stdout
+            pid = int(process.stdout.readline())
+            process.kill()
+        wait_for("the end of the lab", lambda: not os.path.exists(f"/proc/{pid}/exe"), 5)
+        self.assertEqual(state(), before)
+
+
+def _cases() -> "Dict[str, Type[unittest.TestCase]]":
+    """Return a test case a release, skipped unless it is asked for."""
+    cases: Dict[str, Type[unittest.TestCase]] = {}
+    for release in boot.RELEASES:
+        case = type(release.capitalize() + "BootTest", (BootCase, unittest.TestCase), {"release": release})
+        if WANTED != "1" and release not in WANTED.split(","):
+            case = unittest.skip(f"boots take minutes and root: sudo {VARIABLE}=1 python3 -m unittest tests.test_boot")(
+                case
+            )
+        cases[case.__name__] = case
+    return cases
+
+
+globals().update(_cases())
+
+if __name__ == "__main__":
+    unittest.main()
