@@ -268,7 +268,7 @@ class UnitTest(unittest.TestCase):
             text = file.read()
         commands = re.findall(r"(?m)^ExecStart=(.*)", text)
         self.assertEqual(commands[0], "/" + PROGRAM)
-        self.assertRegex(commands[-1], r"^/bin/systemctl disable .*azure-provisioning\.service$")
+        self.assertRegex(commands[-1], r"^\+/bin/systemctl disable .*azure-provisioning\.service$")
         self.assertEqual(len(commands), 2)
 
 
