@@ -17,12 +17,20 @@ import contextlib
 import gc
 import sys
 
+# As a script, start fast: all this saves 11 of 37 ms, and a quarter of what has to come from a cold disk.
+unused: "Dict[str, Any]" = {}
 if __name__ == "__main__":
-    gc.disable()  # saves 4 ms: nothing of what is imported is garbage; keep_trying() enables it for what may be
-# Saves 5 ms, and OpenSSL is a third of what would be read from disk: http.client does without it, as do both services.
-sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
+    gc.disable()  # 4 ms: nothing of what is imported is garbage; keep_trying() enables it for what may be
+    unused["ssl"] = None  # 5 ms: http.client does without OpenSSL, and both services speak plain HTTP
+    for name in ("calendar", "datetime", "random"):  # 2 ms: of mail's headers http.client uses neither dates nor ids
+        unused[name] = type(sys)(name)
+sys.modules.update(unused)
+with contextlib.suppress(AttributeError, ImportError):
+    import http.client
+for name in unused:
+    sys.modules.pop(name, None)
 
-import http.client  # noqa: E402
+import http.client  # noqa: E402  # again, and with all of it, should another Python need one of them
 import os  # noqa: E402
 import re  # noqa: E402
 import signal  # noqa: E402
@@ -30,12 +38,9 @@ import socket  # noqa: E402
 import time  # noqa: E402
 from xml.etree import ElementTree  # noqa: E402
 
-if sys.modules["ssl"] is None:
-    del sys.modules["ssl"]
-
 TYPE_CHECKING = False  # typing is for mypy alone
 if TYPE_CHECKING:
-    from typing import Callable, Dict, Iterator, Optional, Sequence, Tuple, TypeVar
+    from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple, TypeVar
 
     Answer = TypeVar("Answer")
 

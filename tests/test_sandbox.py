@@ -182,7 +182,7 @@ class MainJobTest(SandboxCase):
 
 
 class HostnamectlTest(SandboxCase):
-    """Where NetworkManager runs, hostnamectl comes first; if it is missing, fails or does nothing, the module does it."""
+    """Where NetworkManager runs, hostnamectl comes first; if it is missing or fails, the module does it."""
 
     def vm_with_hostnamectl(self, program: Optional[str], *arguments: str) -> Result:
         """Run the script with a PATH on which hostnamectl is program, or nothing."""
@@ -314,6 +314,32 @@ class TroubleTest(SandboxCase):
         )
         result = self.vm_command(sys.executable, "-c", code, *SCRIPT, script={"imds": [{"do": "silent"}]})
         self.assertEqual((result.status, result.stderr), (44 - signal.SIGINT, ""), result)
+
+
+class StartTest(SandboxCase):
+    """What is imported is read from a cold disk in every VM's first boot."""
+
+    def test_what_is_not_needed_stays_on_the_disk(self) -> None:
+        result = self.vm_command(sys.executable, "-v", "-IS", sandbox.SCRIPT, "ready")
+        self.check_ready(result, sandbox.IMAGE_NAME)
+        loaded = set(re.findall("(?m)^import '?([A-Za-z0-9_.]+)'? #", result.stderr))
+        self.assertIn("http.client", loaded)
+        idle = {"ssl", "_ssl", "datetime", "calendar", "random", "encodings.idna", "argparse", "subprocess", "typing"}
+        self.assertEqual(loaded & idle, set())
+
+    def test_a_python_that_needs_more_gets_it(self) -> None:
+        code = (
+            "import runpy, sys\n"
+            "class Finder:\n"
+            "    def find_spec(self, name, path=None, target=None):\n"
+            "        if name == 'email.utils' and not hasattr(sys.modules.get('random', sys), 'exit'):\n"
+            "            raise AttributeError('module random has no attribute uniform')\n"
+            "sys.meta_path.insert(0, Finder()); sys.argv = sys.argv[1:]\n"
+            "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        )
+        result = self.vm_command(sys.executable, "-IS", "-c", code, sandbox.SCRIPT)
+        self.assertEqual(result.status, 0, result)
+        self.check_ready(result)
 
 
 class OutputTest(SandboxCase):
