@@ -5,6 +5,7 @@ ends: files and containers live in mount and process namespaces that a process o
 namespaces that others hold (Azure), and the kernel kills all of these with us (PR_SET_PDEATHSIG, by way of setpriv).
 """
 
+import atexit
 import contextlib
 import functools
 import glob
@@ -115,6 +116,7 @@ class Lab:
     """A mount namespace with the roots of the releases in it, made when they are first asked for."""
 
     def __init__(self) -> None:
+        atexit.register(self.close)  # when a test is interrupted, too
         self.processes = Processes()
         unshare = self.processes.start(
             "sleep", "infinity", wrap=["unshare", "--mount", "--pid", "--fork", "--kill-child"]
@@ -173,6 +175,7 @@ class Lab:
 
     def close(self) -> None:
         """End everything in the lab, and with it the lab; remove the control groups that systemd-nspawn made."""
+        atexit.unregister(self.close)
         self.processes.stop()
         with open("/proc/self/cgroup", encoding="ascii") as file:
             groups = [line.strip().split(":")[2] for line in file]

@@ -6,6 +6,7 @@ releases, or to some, as in AZURE_PROVISIONING_BOOT=bookworm,trixie.
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -37,6 +38,7 @@ class BootCase:
         missing = boot.missing_tools()
         if missing or os.geteuid() != 0:
             raise AssertionError(f"booting takes root and {', '.join(boot.TOOLS)}; missing: {missing}")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # which unittest ends for, and cleans up
         cls.lab = Lab()
         try:
             cls.lab.root(cls.release)

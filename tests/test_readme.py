@@ -1,0 +1,71 @@
+"""The README is read once and believed: what it shows is what happens."""
+
+import os
+import re
+import subprocess
+import sys
+import unittest
+
+import azure_provisioning
+from tests import sandbox, test_boot
+
+
+class ReadmeTest(unittest.TestCase):
+    """What can be checked without a VM."""
+
+    def setUp(self) -> None:
+        with open(os.path.join(sandbox.REPOSITORY, "README.md"), encoding="utf-8") as file:
+            self.text = file.read()
+
+    def run_python(self, *arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            cwd=sandbox.REPOSITORY,
+            check=True,
+        )
+        return done.stdout
+
+    def test_the_first_command_prints_what_it_shows(self) -> None:
+        output = self.run_python("-m", "tests.sandbox")
+        self.assertIn(f"```\n{output}```\n", self.text)
+
+    def test_the_command_line_is_complete(self) -> None:
+        usage = self.run_python(sandbox.SCRIPT, "--help")
+        for option in re.findall(r"--[a-z-]+", usage):
+            self.assertIn(option, self.text)
+        self.assertIn("[--timeout SECONDS] [--fail REASON] [STEP ...]", self.text)
+
+    def test_its_drop_in_runs_what_the_unit_runs(self) -> None:
+        with open(os.path.join(sandbox.REPOSITORY, "azure-provisioning.service"), encoding="utf-8") as file:
+            unit = re.findall(r"(?m)^ExecStart=.*", file.read())
+        drop_in = re.findall(r"(?m)^ExecStart=.*", self.text)
+        self.assertEqual(drop_in, ["ExecStart=", unit[0] + " --timeout 300", unit[1]])
+
+    def test_its_figures_are_the_modules(self) -> None:
+        budgets = azure_provisioning.WIRESERVER_BUDGET, azure_provisioning.IMDS_BUDGET
+        self.assertIn("{:.0f} for WireServer and {:.0f} for IMDS".format(*budgets), self.text)
+
+    def test_it_tells_how_to_boot(self) -> None:
+        self.assertIn(f"sudo {test_boot.VARIABLE}=1 python3 -m unittest tests.test_boot", self.text)
+
+    def test_every_file_is_where_it_belongs(self) -> None:
+        made = (".", "__", "build", "azure_provisioning.egg-info")
+        top = {name for name in os.listdir(sandbox.REPOSITORY) if not name.startswith(made)}
+        self.assertEqual(
+            top,
+            {
+                "README.md",
+                "azure-provisioning.service",
+                "azure_provisioning.py",
+                "install.sh",
+                "pyproject.toml",
+                "tests",
+            },
+        )
+
+
+if __name__ == "__main__":
+    unittest.main()
