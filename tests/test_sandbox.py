@@ -361,7 +361,7 @@ class OutputTest(SandboxCase):
         result = self.vm(
             script={"imds": [{"status": 500, "body": "a\nb\x1b[2J\u2028c"}]}, options=["--host-name", "web-01"]
         )
-        self.assertEqual(len(result.stdout.splitlines()), 2, result)
+        self.assertEqual(len(result.stdout.splitlines()), 3, result)
         self.assertRegex(result.stderr, r"\AGET \S+: status 500 a b \[2J c; trying again in 0\.\d s\n\Z")
 
     def test_under_the_journal_problems_carry_their_priority(self) -> None:
