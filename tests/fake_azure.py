@@ -159,18 +159,17 @@ class FakeAzure:
 
     # How the services answer.
 
-    def answer(self, service: str, method: str, path: str, headers: Dict[str, str], body: bytes) -> Answer:
-        """Return status, headers and body of the right answer to a request. headers have their names in lower case."""
+    def answer(self, request: Dict[str, Any]) -> Answer:
+        """Return status, headers and body of the right answer to a request, to which a health report is added."""
         try:
-            if service == WIRESERVER:
-                return self.wireserver(method, path, headers, body)
-            return self.imds(method, path, headers)
+            return self.wireserver(request) if request["service"] == WIRESERVER else self.imds(request)
         except RefusedError as refused:
             document = {"error": str(refused), "newest-versions": list(reversed(self.imds_versions))}
             return refused.status, {"Content-Type": "application/json"}, json.dumps(document).encode()
 
-    def wireserver(self, method: str, path: str, headers: Dict[str, str], body: bytes) -> Answer:
+    def wireserver(self, request: Dict[str, Any]) -> Answer:
         """Answer for the WireServer. Raises RefusedError."""
+        method, path, headers = request["method"], request["path"], request["headers"]
         if headers.get("x-ms-version") != "2012-11-30":
             raise RefusedError(400, "x-ms-version is missing or unknown")
         if self.throttle is not None:
@@ -198,11 +197,12 @@ class FakeAzure:
             raise RefusedError(400, "x-ms-agent-name is missing")
         if headers.get("content-type", "").replace(" ", "").lower() != "text/xml;charset=utf-8":
             raise RefusedError(400, "the content type is not text/xml;charset=utf-8")
-        report = self.parse_report(body)
+        report = self.parse_report(request["body"])
         if report["container_id"] != self.container_id or report["instance_id"] != self.instance_id:
             raise RefusedError(410, "no such container")
         # A report on another incarnation is answered as any other, and ignored.
         report["accepted"] = report["incarnation"] == str(self.incarnation)
+        request["report"] = report
         with self.lock:
             self.reports.append(report)
         return 200, {}, b""
@@ -244,15 +244,16 @@ class FakeAzure:
             raise RefusedError(400, f"no such state: {state}")
         return report
 
-    def imds(self, method: str, path: str, headers: Dict[str, str]) -> Answer:
+    def imds(self, request: Dict[str, Any]) -> Answer:
         """Answer for the Instance Metadata Service. Raises RefusedError."""
-        if method != "GET":
+        headers = request["headers"]
+        if request["method"] != "GET":
             raise RefusedError(405, "IMDS is only to be read")
         if headers.get("metadata", "").lower() != "true":
             raise RefusedError(400, "Bad request. Required metadata header not specified")
         if "x-forwarded-for" in headers:
             raise RefusedError(400, "Bad request. Forwarded requests are refused")
-        url = urlsplit(path)
+        url = urlsplit(request["path"])
         query = parse_qs(url.query)
         version = query.get("api-version", [""])[0]
         if version not in self.imds_versions:
@@ -298,12 +299,11 @@ class _Handler(BaseHTTPRequestHandler):
         with azure.lock:
             entry = azure.script[service].pop(0) if azure.script[service] else {}
         action = entry.get("do", "right")
-        headers = {name.lower(): value for name, value in self.headers.items()}
         request = {
             "service": service,
             "method": self.command,
             "path": self.path,
-            "headers": headers,
+            "headers": {name.lower(): value for name, value in self.headers.items()},
             "body": body,
             "time": time.monotonic(),
         }
@@ -312,10 +312,7 @@ class _Handler(BaseHTTPRequestHandler):
         if action == "moved":
             azure.move()
         if action in ("right", "moved", "cut", "drip") and not {"status", "body"} & set(entry):
-            known = len(azure.reports)
-            answer = azure.answer(service, self.command, self.path, headers, body)
-            if self.command == "POST" and len(azure.reports) > known:
-                request["report"] = azure.reports[-1]
+            answer = azure.answer(request)
             request["outcome"] = str(answer[0]) + ("" if action in ("right", "moved") else f", {action}")
         else:
             body = (entry.get("body", "") * entry.get("repeat", 1)).encode("utf-8", "surrogateescape")
