@@ -178,15 +178,18 @@ class Lab:
         atexit.unregister(self.close)
         self.processes.stop()
         with open("/proc/self/cgroup", encoding="ascii") as file:
-            groups = [line.strip().split(":")[2] for line in file]
-        for group in set(groups):
-            for name in ("payload", "supervisor"):
-                for base in glob.glob("/sys/fs/cgroup" + group + "/" + name) + glob.glob(
-                    "/sys/fs/cgroup/*" + group + "/" + name
-                ):
-                    for directory, _, _ in os.walk(base, topdown=False):
-                        with contextlib.suppress(OSError):
-                            os.rmdir(directory)
+            groups = {line.strip().split(":")[2] for line in file}
+        bases = [f"/sys/fs/cgroup{tree}{group}" for tree in ("", "/*") for group in groups]
+
+        def remove() -> bool:
+            left = [path for base in bases for path in glob.glob(base + "/payload") + glob.glob(base + "/supervisor")]
+            for path in left:
+                for directory, _, _ in os.walk(path, topdown=False):
+                    with contextlib.suppress(OSError):
+                        os.rmdir(directory)
+            return not left
+
+        wait_for("the end of what was in the containers", remove, 10)
 
 
 class Azure:
