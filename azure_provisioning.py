@@ -273,7 +273,7 @@ def ask_imds(connection: Connection, leaf: str, version: str) -> str:
 
 
 def fetch_host_name(connection: Connection) -> str:
-    """Return the VM's computer name, or the name of the VM resource where it has none, made a valid host name.
+    """Return the VM's computer name, or the name of the VM resource where it has none, as IMDS has it.
 
     VMs made from specialized disks have no computer name, and the IMDS of an Azure Stack Hub knows older versions only.
     Raises ProvisioningError if neither question is answered.
@@ -604,9 +604,10 @@ def main(arguments: "Optional[Sequence[str]]" = None) -> int:
     else:
         options = parse_arguments(arguments)
     log_level = DEBUG if options.verbose else INFO
+    wanted = ["ready"] if options.fail is not None else options.steps or STEPS
     failed = 0
     for name, step in STEPS.items():
-        if name in (["ready"] if options.fail is not None else options.steps or STEPS):
+        if name in wanted:
             try:
                 step(options)
             except ProvisioningError as error:

@@ -217,8 +217,7 @@ def measure_boot(release: str, runs: int) -> None:
     finally:
         lab.close()
     rows = [
-        [name, f"{first.get(name, 0):.0f}" if name in first else "", f"{median(samples, name):.0f}"]
-        for name in samples[0]
+        [name, f"{first[name]:.0f}" if name in first else "", f"{median(samples, name):.0f}"] for name in samples[0]
     ]
     table(
         f"The unit on {release} with systemd-networkd, milliseconds; median of {runs} starts in a quiet system",

@@ -103,13 +103,12 @@ class Processes:
         self.children.append(child)
         return child.pid
 
-    def stop(self, pid: Optional[int] = None) -> None:
-        """Kill the process pid, or all of them, the last first."""
-        for child in reversed(list(self.children)):
-            if pid in (None, child.pid):
-                child.kill()
-                child.wait()
-                self.children.remove(child)
+    def stop(self) -> None:
+        """Kill them all, the last first."""
+        while self.children:
+            child = self.children.pop()
+            child.kill()
+            child.wait()
 
 
 class Lab:
@@ -129,7 +128,6 @@ class Lab:
         self.run("mkdir", WORK + "/proc")
         self.run("mount", "--rbind", "/proc", WORK + "/proc")
         self.run("mount", "-t", "proc", "proc", "/proc")
-        self.seconds: Dict[str, float] = {}
 
     def enter(self) -> List[str]:
         """Return the start of a command line that runs the rest of it in the lab."""
@@ -159,7 +157,6 @@ class Lab:
     def root(self, release: str) -> str:
         """Return the directory, in the lab, of a pristine root of release."""
         if not os.path.isdir(self.path(release)):
-            started = time.monotonic()
             self.run(
                 "mmdebstrap",
                 "--variant=minbase",
@@ -170,7 +167,6 @@ class Lab:
                 release,
                 f"{WORK}/{release}",
             )
-            self.seconds[release] = time.monotonic() - started
         return f"{WORK}/{release}"
 
     def close(self) -> None:
@@ -223,14 +219,10 @@ class Azure:
         """Return the start of a command line that runs the rest of it at the far end."""
         return ["nsenter", f"--net=/proc/{self.far}/ns/net"]
 
-    def near_ip(self, *arguments: str) -> None:
-        """Run ip at the near end, the VM's."""
-        command = ["nsenter", f"--net=/proc/{self.near}/ns/net", "ip", *arguments]
-        subprocess.run(command, check=True, env=sandbox.environment())
-
-    def ip(self, *arguments: str) -> None:
-        """Run ip at the far end."""
-        subprocess.run([*self.enter(), "ip", *arguments], check=True, env=sandbox.environment())
+    def ip(self, *arguments: str, near: bool = False) -> None:
+        """Run ip at the far end, or at the near one, the VM's."""
+        network = f"/proc/{self.near if near else self.far}/ns/net"
+        subprocess.run(["nsenter", "--net=" + network, "ip", *arguments], check=True, env=sandbox.environment())
 
     def start(self, *absent: str) -> "Azure":
         """Start WireServer and IMDS, but for those that are absent."""
@@ -363,7 +355,7 @@ class Machine:
             return file.read()
 
     def tree(self) -> Dict[str, Tuple[Any, ...]]:
-        """Return all that is on the disk, but for what the package manager keeps: type, mode, size, time of change."""
+        """Return all that is on the disk: type and mode, target of a link, and the time of its last change."""
         found: Dict[str, Tuple[Any, ...]] = {}
         top = self.path("")
         for directory, directories, files in os.walk(top):

@@ -301,8 +301,8 @@ class BootCase:
         test: Any = self
         with Azure(self.lab) as azure, Machine(self.lab, self.release) as machine, explained(machine, azure):
             # A second interface that comes first by name and by number, and one that has a worse default route.
-            azure.near_ip("link", "set", "eth0", "name", "eth7")
-            azure.near_ip("link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
+            azure.ip("link", "set", "eth0", "name", "eth7", near=True)
+            azure.ip("link", "add", "eth0", "type", "veth", "peer", "name", "eth1", near=True)
             machine.write("etc/systemd/network/00-eth0.network", "[Match]\nName=eth0\n[Network]\nAddress=10.9.0.1/24\n")
             machine.write(
                 "etc/systemd/network/00-eth1.network",
