@@ -5,7 +5,6 @@ ends: files and containers live in mount and process namespaces that a process o
 namespaces that others hold (Azure), and the kernel kills all of these with us (PR_SET_PDEATHSIG, by way of setpriv).
 """
 
-import atexit
 import contextlib
 import functools
 import glob
@@ -37,6 +36,20 @@ IMAGE_NAME = "image"
 
 DIE_WITH_PARENT = ["setpriv", "--pdeathsig", "KILL"]
 
+# Joins the control groups before "--" and becomes the command after it.
+JOIN = 'while [ "$1" != -- ]; do echo 0 >"$1/cgroup.procs" || exit; shift; done; shift; exec "$@"'
+
+# Removes the control groups once its standard input ends, as it does when we end, and all their processes have ended.
+JANITOR = """
+cat
+for _ in $(seq 100); do
+    find "$@" -depth -type d -exec rmdir {} + 2>/dev/null
+    [ -n "$(ls -d "$@" 2>/dev/null)" ] || exit 0
+    sleep 0.1
+done
+exit 1
+"""
+
 # What each DHCP client needs to own eth0. The others are masked, for presets would start them at the first boot.
 NETWORK = {
     "networkd": {"etc/systemd/network/10-eth0.network": "[Match]\nName=eth*\n[Network]\nDHCP=ipv4\n"},
@@ -65,6 +78,24 @@ def children_of(pid: int) -> List[int]:
     """Return the child processes of pid."""
     with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
         return [int(child) for child in file.read().split()]
+
+
+def first_of_a_container(pid: int) -> bool:
+    """Whether the process pid is the first one of a PID namespace."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8") as file:
+            return any(line.startswith("NSpid:") and line.split()[-1] == "1" for line in file)
+    except OSError:
+        return False
+
+
+def control_groups() -> List[str]:
+    """Return the directories of the control groups that we are in, of those hierarchies that systemd works with."""
+    mounts = {"": ("/sys/fs/cgroup", "/sys/fs/cgroup/unified"), "name=systemd": ("/sys/fs/cgroup/systemd",)}
+    with open("/proc/self/cgroup", encoding="ascii") as file:
+        groups = [line.rstrip("\n").split(":", 2)[1:] for line in file]
+    found = [mount + path.rstrip("/") for kind, path in groups for mount in mounts.get(kind, ())]
+    return [group for group in found if os.path.exists(group + "/cgroup.procs")]
 
 
 def is_elsewhere(pid: int, kind: str) -> bool:
@@ -115,11 +146,17 @@ class Lab:
     """A mount namespace with the roots of the releases in it, made when they are first asked for."""
 
     def __init__(self) -> None:
-        atexit.register(self.close)  # when a test is interrupted, too
         self.processes = Processes()
         unshare = self.processes.start(
             "sleep", "infinity", wrap=["unshare", "--mount", "--pid", "--fork", "--kill-child"]
         )
+        # Two systemds in one control group would each take the other's processes for its own.
+        self.groups = [f"{group}/azure-provisioning-{unshare}" for group in control_groups()]
+        self.janitor = subprocess.Popen(
+            ["sh", "-c", JANITOR, "sh", *self.groups], stdin=subprocess.PIPE, start_new_session=True
+        )
+        for group in self.groups:
+            os.makedirs(group, exist_ok=True)
         self.pid = wait_for("the lab", lambda: children_of(unshare), 5)[0]
         wait_for("the lab", lambda: is_elsewhere(self.pid, "mnt"), 5)
         self.run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", WORK)
@@ -170,22 +207,11 @@ class Lab:
         return f"{WORK}/{release}"
 
     def close(self) -> None:
-        """End everything in the lab, and with it the lab; remove the control groups that systemd-nspawn made."""
-        atexit.unregister(self.close)
+        """End everything in the lab, and with it the lab and its control groups."""
         self.processes.stop()
-        with open("/proc/self/cgroup", encoding="ascii") as file:
-            groups = {line.strip().split(":")[2] for line in file}
-        bases = [f"/sys/fs/cgroup{tree}{group}" for tree in ("", "/*") for group in groups]
-
-        def remove() -> bool:
-            left = [path for base in bases for path in glob.glob(base + "/payload") + glob.glob(base + "/supervisor")]
-            for path in left:
-                for directory, _, _ in os.walk(path, topdown=False):
-                    with contextlib.suppress(OSError):
-                        os.rmdir(directory)
-            return not left
-
-        wait_for("the end of what was in the containers", remove, 10)
+        self.janitor.communicate()
+        if self.janitor.returncode != 0:
+            raise AssertionError("a process of a container does not end")
 
 
 class Azure:
@@ -243,6 +269,7 @@ class Azure:
             "--keep-in-foreground",
             "--conf-file=/dev/null",
             "--user=root",
+            "--group=root",  # a process that changes its group no longer dies with its parent
             "--pid-file=",
             "--log-facility=-",
             "--log-dhcp",
@@ -394,16 +421,19 @@ class Machine:
             "--boot",
             "--console=read-only",
             output=self.console,
-            wrap=self.lab.enter(),
+            wrap=[*self.lab.enter(), "sh", "-c", JOIN, "sh", *self.lab.groups, "--"],
         )
         nsenter = self.power.children[-1].pid
         nspawn = wait_for("systemd-nspawn", lambda: children_of(nsenter), 5)[0]
-        self.pid = wait_for("systemd", lambda: children_of(nspawn), 10)[0]
-        wait_for("systemctl", lambda: self.run("systemctl", "is-system-running").strip() not in ("offline", ""), 30)
+        # Its first child is not systemd: it makes the file system, forks systemd and ends.
+        self.pid = wait_for("systemd", lambda: [*filter(first_of_a_container, children_of(nspawn))], 10)[0]
+        wait_for("systemctl", lambda: self.state() in ("initializing", "starting", "running", "degraded"), 30)
         return self
 
     def run(self, *command: str) -> str:
-        """Run command in the machine and return what it prints."""
+        """Run command in the machine and return what it prints. Raises AssertionError if the machine is off."""
+        if not first_of_a_container(self.pid):
+            raise AssertionError(f"{' '.join(command)}: the machine is off")
         done = subprocess.run(
             ["nsenter", f"--target={self.pid}", "--mount", "--uts", "--net", "--pid", "--ipc", "--", *command],
             stdin=subprocess.DEVNULL,
@@ -420,14 +450,17 @@ class Machine:
         """Return a property of a unit."""
         return self.run("systemctl", "show", "--value", "--property=" + name, unit).strip()
 
+    def state(self) -> str:
+        """Return how far the boot is, as systemctl says it."""
+        return self.run("systemctl", "is-system-running").strip()
+
     def wait_until_booted(self, seconds: float = 60) -> str:
         """Wait until nothing is left to be started, and return the state of the system."""
-
-        def state() -> str:
-            answer = self.run("systemctl", "is-system-running").strip()
-            return answer if answer in ("running", "degraded") else ""
-
-        return str(wait_for("the end of the boot", state, seconds))
+        try:
+            wait_for("the end of the boot", lambda: self.state() in ("running", "degraded"), seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.run('systemctl', 'list-jobs')}\n{self.unit_journal()}") from None
+        return self.state()
 
     def power_off(self) -> None:
         """Shut it down as its owner would."""
@@ -472,7 +505,9 @@ class Machine:
 
     def journal(self) -> str:
         """Return the journal of the boot that is running."""
-        return self.run("journalctl", "--no-pager", "--output=short-monotonic") if self.pid else "(it is off)"
+        if not first_of_a_container(self.pid):
+            return "(it is off)"
+        return self.run("journalctl", "--no-pager", "--output=short-monotonic")
 
     def console_text(self) -> str:
         """Return all that was ever on the console, without its colours."""

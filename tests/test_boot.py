@@ -6,7 +6,6 @@ releases, or to some, as in AZURE_PROVISIONING_BOOT=bookworm,trixie.
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -38,7 +37,6 @@ class BootCase:
         missing = boot.missing_tools()
         if missing or os.geteuid() != 0:
             raise AssertionError(f"booting takes root and {', '.join(boot.TOOLS)}; missing: {missing}")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # which unittest ends for, and cleans up
         cls.lab = Lab()
         try:
             cls.lab.root(cls.release)
@@ -276,7 +274,7 @@ class BootCase:
         with Azure(self.lab) as azure, Machine(self.lab, self.release) as machine, explained(machine, azure):
             machine.write(
                 "etc/systemd/network/10-eth0.network",
-                f"[Match]\nName=eth0\n[Network]\nAddress=10.0.0.7/24\nGateway={boot.ROUTER}\n",
+                f"[Match]\nName=eth0\n[Network]\nIPv6AcceptRA=no\nAddress=10.0.0.7/24\nGateway={boot.ROUTER}\n",
             )
             azure.start_network().start()
             machine.boot(azure)
@@ -289,7 +287,7 @@ class BootCase:
         with Azure(self.lab) as azure, Machine(self.lab, self.release) as machine, explained(machine, azure):
             machine.write(
                 "etc/systemd/network/10-eth0.network",
-                "[Match]\nName=eth0\n[Network]\nAddress=10.0.0.7/24\n"
+                "[Match]\nName=eth0\n[Network]\nIPv6AcceptRA=no\nAddress=10.0.0.7/24\n"
                 + "".join(f"[Route]\nDestination={a}\nScope=link\n" for a in sandbox.ADDRESSES.values()),
             )
             azure.start_network().start()
@@ -303,10 +301,13 @@ class BootCase:
             # A second interface that comes first by name and by number, and one that has a worse default route.
             azure.ip("link", "set", "eth0", "name", "eth7", near=True)
             azure.ip("link", "add", "eth0", "type", "veth", "peer", "name", "eth1", near=True)
-            machine.write("etc/systemd/network/00-eth0.network", "[Match]\nName=eth0\n[Network]\nAddress=10.9.0.1/24\n")
+            machine.write(
+                "etc/systemd/network/00-eth0.network",
+                "[Match]\nName=eth0\n[Network]\nIPv6AcceptRA=no\nAddress=10.9.0.1/24\n",
+            )
             machine.write(
                 "etc/systemd/network/00-eth1.network",
-                "[Match]\nName=eth1\n[Network]\nAddress=10.9.1.1/24\n[Route]\nGateway=10.9.1.2\nMetric=5000\n",
+                "[Match]\nName=eth1\n[Network]\nIPv6AcceptRA=no\nAddress=10.9.1.1/24\n[Route]\nGateway=10.9.1.2\nMetric=5000\n",
             )
             azure.start_network().start()
             machine.boot(azure)
@@ -324,21 +325,27 @@ class CleanlinessTest(unittest.TestCase):
             with open("/proc/self/mountinfo", encoding="utf-8") as file:
                 mounts = file.read()
             listing = subprocess.run(["ip", "netns"], stdout=subprocess.PIPE, check=True).stdout
-            return [mounts, listing, sorted(os.listdir("/dev/shm")), sorted(os.listdir("/run"))]
+            groups = [name for group in boot.control_groups() for name in os.listdir(group)]
+            return [mounts, listing, sorted(os.listdir("/dev/shm")), sorted(os.listdir("/run")), groups]
 
         before = state()
         code = (
             "from tests.boot import *; lab = Lab(); lab.root = lambda release: '/'\n"
-            "azure = Azure(lab); azure.start_network().start(); print(lab.pid, flush=True); time.sleep(60)"
+            "azure = Azure(lab); azure.start_network()\n"
+            "wait_for('DHCP', lambda: 'IP range' in azure.text(azure.dhcp_log), 5)\n"
+            "print(lab.pid, *(child.pid for child in azure.processes.children), flush=True); time.sleep(60)"
         )
         with subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=sandbox.REPOSITORY, env=sandbox.environment()
         ) as process:
             assert process.stdout
-            pid = int(process.stdout.readline())
+            pids = [int(pid) for pid in process.stdout.readline().split()]
+            self.assertEqual(len(pids), 4)
+            running = [pid for pid in pids if os.path.exists(f"/proc/{pid}/exe")]
+            self.assertEqual(running, pids)
             process.kill()
-        wait_for("the end of the lab", lambda: not os.path.exists(f"/proc/{pid}/exe"), 5)
-        self.assertEqual(state(), before)
+        wait_for("the end of the lab", lambda: not any(os.path.exists(f"/proc/{pid}/exe") for pid in pids), 5)
+        wait_for("the end of its control groups", lambda: state() == before, 5)
 
 
 def _cases() -> "Dict[str, Type[unittest.TestCase]]":
