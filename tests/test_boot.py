@@ -4,6 +4,7 @@ They take minutes, and root, so they run only if the environment variable AZURE_
 releases, or to some, as in AZURE_PROVISIONING_BOOT=bookworm,trixie.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -325,27 +326,26 @@ class CleanlinessTest(unittest.TestCase):
             with open("/proc/self/mountinfo", encoding="utf-8") as file:
                 mounts = file.read()
             listing = subprocess.run(["ip", "netns"], stdout=subprocess.PIPE, check=True).stdout
-            groups = [name for group in boot.control_groups() for name in os.listdir(group)]
-            return [mounts, listing, sorted(os.listdir("/dev/shm")), sorted(os.listdir("/run")), groups]
+            return [mounts, listing, sorted(os.listdir("/dev/shm")), sorted(os.listdir("/run"))]
 
         before = state()
         code = (
             "from tests.boot import *; lab = Lab(); lab.root = lambda release: '/'\n"
             "azure = Azure(lab); azure.start_network()\n"
             "wait_for('DHCP', lambda: 'IP range' in azure.text(azure.dhcp_log), 5)\n"
-            "print(lab.pid, *(child.pid for child in azure.processes.children), flush=True); time.sleep(60)"
+            "pids = [lab.pid, *(child.pid for child in azure.processes.children)]\n"
+            "print(json.dumps([pids, lab.groups]), flush=True); time.sleep(60)"
         )
         with subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=sandbox.REPOSITORY, env=sandbox.environment()
         ) as process:
             assert process.stdout
-            pids = [int(pid) for pid in process.stdout.readline().split()]
-            self.assertEqual(len(pids), 4)
-            running = [pid for pid in pids if os.path.exists(f"/proc/{pid}/exe")]
-            self.assertEqual(running, pids)
+            pids, groups = json.loads(process.stdout.readline())
+            left = [f"/proc/{pid}/exe" for pid in pids] + groups
+            self.assertEqual([path for path in left if not os.path.exists(path)], [])
             process.kill()
-        wait_for("the end of the lab", lambda: not any(os.path.exists(f"/proc/{pid}/exe") for pid in pids), 5)
-        wait_for("the end of its control groups", lambda: state() == before, 5)
+        wait_for("the end of the lab", lambda: not any(map(os.path.exists, left)), 5)
+        self.assertEqual(state(), before)
 
 
 def _cases() -> "Dict[str, Type[unittest.TestCase]]":
