@@ -3,6 +3,7 @@
 Root, and mmdebstrap, systemd-nspawn, dnsmasq and util-linux, are needed. Nothing is left behind, however this process
 ends: files and containers live in mount and process namespaces that a process of ours holds (Lab), networks in
 namespaces that others hold (Azure), and the kernel kills all of these with us (PR_SET_PDEATHSIG, by way of setpriv).
+Control groups are no process's: a process that outlives us by a moment removes them (JANITOR).
 """
 
 import contextlib
@@ -33,6 +34,7 @@ PACKAGES = (
 ROUTER = "10.0.0.1"
 ADDRESSES = (ROUTER + "/24", "168.63.129.16/32", "169.254.169.254/32")
 IMAGE_NAME = "image"
+BOOTED = ("running", "degraded")
 
 DIE_WITH_PARENT = ["setpriv", "--pdeathsig", "KILL"]
 
@@ -43,8 +45,12 @@ JOIN = 'while [ "$1" != -- ]; do echo 0 >"$1/cgroup.procs" || exit; shift; done;
 JANITOR = """
 cat
 for _ in $(seq 100); do
-    find "$@" -depth -type d -exec rmdir {} + 2>/dev/null
-    [ -n "$(ls -d "$@" 2>/dev/null)" ] || exit 0
+    left=
+    for group; do
+        find "$group" -depth -type d -exec rmdir {} + 2>/dev/null
+        [ ! -d "$group" ] || left=$group
+    done
+    [ -n "$left" ] || exit 0
     sleep 0.1
 done
 exit 1
@@ -394,6 +400,12 @@ class Machine:
                 found[os.path.relpath(path, top)] = (status.st_mode, target, changed)
         return found
 
+    def give_address(self, interface: str, address: str, more: str = "") -> None:
+        """Have networkd give interface a static address; more is the rest of its file."""
+        # networkd calls the link configured only once it has waited 12 s for IPv6 routers, unless told not to.
+        network = f"[Match]\nName={interface}\n[Network]\nIPv6AcceptRA=no\nAddress={address}\n{more}"
+        self.write(f"etc/systemd/network/00-{interface}.network", network)
+
     def systemctl(self, *arguments: str) -> str:
         """Run systemctl on the disk, while the machine is off."""
         return self.lab.run("systemctl", "--root=" + self.root, *arguments, check=False).stdout
@@ -427,7 +439,7 @@ class Machine:
         nspawn = wait_for("systemd-nspawn", lambda: children_of(nsenter), 5)[0]
         # Its first child is not systemd: it makes the file system, forks systemd and ends.
         self.pid = wait_for("systemd", lambda: [*filter(first_of_a_container, children_of(nspawn))], 10)[0]
-        wait_for("systemctl", lambda: self.state() in ("initializing", "starting", "running", "degraded"), 30)
+        wait_for("systemctl", lambda: self.state("initializing", "starting", *BOOTED), 30)
         return self
 
     def run(self, *command: str) -> str:
@@ -450,17 +462,17 @@ class Machine:
         """Return a property of a unit."""
         return self.run("systemctl", "show", "--value", "--property=" + name, unit).strip()
 
-    def state(self) -> str:
-        """Return how far the boot is, as systemctl says it."""
-        return self.run("systemctl", "is-system-running").strip()
+    def state(self, *wanted: str) -> str:
+        """Return how far the boot is, as systemctl says it, or '' if that is not one of those wanted."""
+        answer = self.run("systemctl", "is-system-running").strip()
+        return answer if answer in wanted else ""
 
     def wait_until_booted(self, seconds: float = 60) -> str:
         """Wait until nothing is left to be started, and return the state of the system."""
         try:
-            wait_for("the end of the boot", lambda: self.state() in ("running", "degraded"), seconds)
+            return str(wait_for("the end of the boot", lambda: self.state(*BOOTED), seconds))
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.run('systemctl', 'list-jobs')}\n{self.unit_journal()}") from None
-        return self.state()
 
     def power_off(self) -> None:
         """Shut it down as its owner would."""

@@ -273,10 +273,7 @@ class BootCase:
     def test_an_address_that_is_not_from_dhcp_is_left_alone(self) -> None:
         test: Any = self
         with Azure(self.lab) as azure, Machine(self.lab, self.release) as machine, explained(machine, azure):
-            machine.write(
-                "etc/systemd/network/10-eth0.network",
-                f"[Match]\nName=eth0\n[Network]\nIPv6AcceptRA=no\nAddress=10.0.0.7/24\nGateway={boot.ROUTER}\n",
-            )
+            machine.give_address("eth0", "10.0.0.7/24", f"Gateway={boot.ROUTER}\n")
             azure.start_network().start()
             machine.boot(azure)
             self.check_provisioned(machine, azure)
@@ -286,11 +283,8 @@ class BootCase:
     def test_no_default_route(self) -> None:
         test: Any = self
         with Azure(self.lab) as azure, Machine(self.lab, self.release) as machine, explained(machine, azure):
-            machine.write(
-                "etc/systemd/network/10-eth0.network",
-                "[Match]\nName=eth0\n[Network]\nIPv6AcceptRA=no\nAddress=10.0.0.7/24\n"
-                + "".join(f"[Route]\nDestination={a}\nScope=link\n" for a in sandbox.ADDRESSES.values()),
-            )
+            routes = "".join(f"[Route]\nDestination={a}\nScope=link\n" for a in sandbox.ADDRESSES.values())
+            machine.give_address("eth0", "10.0.0.7/24", routes)
             azure.start_network().start()
             machine.boot(azure)
             self.check_provisioned(machine, azure)
@@ -302,14 +296,8 @@ class BootCase:
             # A second interface that comes first by name and by number, and one that has a worse default route.
             azure.ip("link", "set", "eth0", "name", "eth7", near=True)
             azure.ip("link", "add", "eth0", "type", "veth", "peer", "name", "eth1", near=True)
-            machine.write(
-                "etc/systemd/network/00-eth0.network",
-                "[Match]\nName=eth0\n[Network]\nIPv6AcceptRA=no\nAddress=10.9.0.1/24\n",
-            )
-            machine.write(
-                "etc/systemd/network/00-eth1.network",
-                "[Match]\nName=eth1\n[Network]\nIPv6AcceptRA=no\nAddress=10.9.1.1/24\n[Route]\nGateway=10.9.1.2\nMetric=5000\n",
-            )
+            machine.give_address("eth0", "10.9.0.1/24")
+            machine.give_address("eth1", "10.9.1.1/24", "[Route]\nGateway=10.9.1.2\nMetric=5000\n")
             azure.start_network().start()
             machine.boot(azure)
             self.check_provisioned(machine, azure)
@@ -331,7 +319,7 @@ class CleanlinessTest(unittest.TestCase):
         before = state()
         code = (
             "from tests.boot import *; lab = Lab(); lab.root = lambda release: '/'\n"
-            "azure = Azure(lab); azure.start_network()\n"
+            "azure = Azure(lab); azure.start_network().start()\n"
             "wait_for('DHCP', lambda: 'IP range' in azure.text(azure.dhcp_log), 5)\n"
             "pids = [lab.pid, *(child.pid for child in azure.processes.children)]\n"
             "print(json.dumps([pids, lab.groups]), flush=True); time.sleep(60)"
