@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import IO, Any, Dict, Iterator, List, Optional, Tuple
+from typing import IO, Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from tests import sandbox
 
@@ -223,9 +223,11 @@ class Lab:
 class Azure:
     """The far end of a VM's network: the pretend Azure at its real addresses, and a DHCP and DNS server."""
 
-    def __init__(self, lab: Lab, computer_name: str = "web-01") -> None:
+    def __init__(self, lab: Lab, computer_name: str = "web-01", vm_arguments: Sequence[str] = ()) -> None:
+        """vm_arguments tell more about the VM: see `python3 -m tests.fake_azure --help`."""
         self.lab = lab
         self.computer_name = computer_name
+        self.vm_arguments = vm_arguments
         self.processes = Processes()
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
         self.dhcp_log = tempfile.TemporaryFile()  # noqa: SIM115
@@ -259,7 +261,7 @@ class Azure:
     def start(self, *absent: str) -> "Azure":
         """Start WireServer and IMDS, but for those that are absent."""
         name = self.computer_name
-        arguments = ["--json", "--computer-name", name, "--name", name.replace("-", "_")]
+        arguments = ["--json", "--computer-name", name, "--name", name.replace("-", "_"), *self.vm_arguments]
         for service in absent:
             arguments += ["--absent", service]
         for service, address in sandbox.ADDRESSES.items():

@@ -8,9 +8,13 @@ should. Each entry is an object with one of these keys, and any of the others wh
     status      answer with this status; body (text) and headers (an object) may stand beside it
     body        answer 200 with this body; repeat (a number) sends it that many times
     do          silent (accept, never answer), reset (a TCP reset), close (end the connection), cut (half of the right
-                answer), drip (the right answer, byte by byte), endless_body, endless_header, endless_continue,
-                moved (the container moves before this request is answered), right (answer as it should)
+                answer), cut_headers (half of its headers), drip (the right answer, byte by byte), endless_body,
+                endless_header, endless_continue, moved (the container moves before this request is answered), right
+                (answer as it should), raw (send what stands in raw, and nothing else, repeat times; then the
+                connection is closed or, with keep, left open)
     delay       seconds before any of it
+
+Text is sent as UTF-8, but raw as Latin-1, a character a byte; lone surrogates are the bytes that they escape.
 
 What the services are asked is recorded, and so is what became of each health report.
 """
@@ -23,38 +27,141 @@ import struct
 import sys
 import threading
 import time
+from http.client import responses
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from socketserver import ThreadingMixIn
-from typing import Any, Callable, Dict, List, Optional, Tuple
-from urllib.parse import parse_qs, urlsplit
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from urllib.parse import parse_qs, unquote, urlsplit
 from xml.etree import ElementTree
+from xml.sax.saxutils import escape
 
 WIRESERVER = "wireserver"
 IMDS = "imds"
 
+VM_ID = "5ca1ab1e-0000-4000-8000-000000000001"
+MAC_ADDRESS = "000D3A00CAFE"
+
+# What WireServer asks for in x-ms-version, the one it prefers first.
+WIRESERVER_VERSIONS = ("2015-04-05", "2012-11-30")
+DESCRIPTION_LIMIT = 4096
+
 GOAL_STATE = """\ufeff<?xml version="1.0" encoding="utf-8"?>
 <GoalState xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" xsi:noNamespaceSchemaLocation="goalstate10.xsd">
   <Version>2012-11-30</Version>
-  <Incarnation> {incarnation} </Incarnation>
-  <Machine><ExpectedState>Started</ExpectedState><StopRolesDeadlineHint>300000</StopRolesDeadlineHint></Machine>
+  <Incarnation>{incarnation}</Incarnation>
+  <Machine>
+    <ExpectedState>Started</ExpectedState>
+    <StopRolesDeadlineHint>300000</StopRolesDeadlineHint>
+    <LBProbePorts><Port>16001</Port></LBProbePorts>
+    <ExpectHealthReport>FALSE</ExpectHealthReport>
+  </Machine>
   <Container>
-    <ContainerId>
-      {container_id}
-    </ContainerId>
+    <ContainerId>{container_id}</ContainerId>
     <RoleInstanceList>
       <RoleInstance>
         <InstanceId>{instance_id}</InstanceId>
         <State>Started</State>
-        <Configuration><HostingEnvironmentConfig>http://168.63.129.16:80/</HostingEnvironmentConfig></Configuration>
+        <Configuration>
+          <HostingEnvironmentConfig>http://168.63.129.16:80/machine/{container_id}/{instance_id}?comp=config&amp;type=\
+hostingEnvironmentConfig&amp;incarnation={incarnation}</HostingEnvironmentConfig>
+          <SharedConfig>http://168.63.129.16:80/machine/{container_id}/{instance_id}?comp=config&amp;type=\
+sharedConfig&amp;incarnation={incarnation}</SharedConfig>
+          <ExtensionsConfig>http://168.63.129.16:80/machine/{container_id}/{instance_id}?comp=config&amp;type=\
+extensionsConfig&amp;incarnation={incarnation}</ExtensionsConfig>
+          <FullConfig>http://168.63.129.16:80/machine/{container_id}/{instance_id}?comp=config&amp;type=\
+fullConfig&amp;incarnation={incarnation}</FullConfig>
+          <ConfigName>{container_id}.0.{container_id}.0._web.1.xml</ConfigName>
+        </Configuration>
       </RoleInstance>
     </RoleInstanceList>
   </Container>
 </GoalState>
 """
 
-# The oldest version that knows each leaf; IMDS compares them as the dates that they are.
-IMDS_VERSIONS = ["2017-04-02", "2018-04-02", "2019-06-01", "2020-07-15", "2021-02-01"]
-LEAVES = {"compute/name": "2017-04-02", "compute/osProfile/computerName": "2020-07-15"}
+# What the goal state refers to. No agent needs it to report, but waagent does not report without having read it.
+CONFIGURATIONS = {
+    "hostingEnvironmentConfig": """<?xml version="1.0" encoding="utf-8"?>
+<HostingEnvironmentConfig version="1.0.0.0" goalStateIncarnation="{incarnation}">
+  <StoredCertificates />
+  <Deployment name="{container_id}" guid="{{{container_id}}}" incarnation="0">
+    <Service name="web" guid="{{00000000-0000-0000-0000-000000000000}}" />
+    <ServiceInstance name="{container_id}.0" guid="{{{container_id}}}" />
+  </Deployment>
+  <Incarnation number="1" instance="{instance_name}" guid="{{{container_id}}}" />
+  <Role guid="{{{container_id}}}" name="{instance_name}" settleTimeSeconds="0" />
+  <HostingEnvironmentSettings name="full" Runtime="rd_fabric_stable" />
+</HostingEnvironmentConfig>
+""",
+    "sharedConfig": """<?xml version="1.0" encoding="utf-8"?>
+<SharedConfig version="1.0.0.0" goalStateIncarnation="{incarnation}">
+  <Deployment name="{container_id}" guid="{{{container_id}}}" incarnation="0" />
+  <Incarnation number="1" instance="{instance_name}" guid="{{{container_id}}}" />
+  <Role guid="{{{container_id}}}" name="{instance_name}" settleTimeSeconds="0" />
+  <Instances><Instance id="{instance_name}" address="10.0.0.4" primaryMappedAddress="10.0.0.4" /></Instances>
+</SharedConfig>
+""",
+    "extensionsConfig": """<?xml version="1.0" encoding="utf-8"?>
+<Extensions version="1.0.0.0" goalStateIncarnation="{incarnation}">
+  <GuestAgentExtension xmlns:i="http://www.w3.org/2001/XMLSchema-instance"><GAFamilies /></GuestAgentExtension>
+  <Plugins />
+  <PluginSettings />
+</Extensions>
+""",
+}
+
+# As HTTP.sys answers, on which WireServer stands.
+HTML_ERROR = """<!DOCTYPE HTML PUBLIC "-//W3C//DTD HTML 4.01//EN""http://www.w3.org/TR/html4/strict.dtd">\r
+<HTML><HEAD><TITLE>{title}</TITLE>\r
+<META HTTP-EQUIV="Content-Type" Content="text/html; charset=us-ascii"></HEAD>\r
+<BODY><h2>{title}</h2>\r
+<hr><p>HTTP Error {status}. {reason}.</p>\r
+</BODY></HTML>\r
+"""
+
+# Versions compare as the dates that they are.
+IMDS_VERSIONS = [
+    "2017-04-02",
+    "2017-12-01",
+    "2018-02-01",
+    "2018-04-02",
+    "2018-10-01",
+    "2019-06-01",
+    "2019-11-01",
+    "2020-07-15",
+    "2020-10-01",
+    "2021-01-01",
+    "2021-02-01",
+    "2021-08-01",
+    "2021-12-13",
+    "2023-07-01",
+    "2023-11-15",
+]
+# The oldest version that knows each element, where that is not the oldest of all.
+# https://learn.microsoft.com/azure/virtual-machines/instance-metadata-service#instance-metadata
+SINCE = {
+    "azEnvironment": "2018-10-01",
+    "customData": "2019-02-01",
+    "disablePasswordAuthentication": "2020-10-01",
+    "evictionPolicy": "2020-12-01",
+    "isHostCompatibilityLayerVm": "2020-06-01",
+    "licenseType": "2020-09-01",
+    "osProfile": "2020-07-15",
+    "placementGroupId": "2017-08-01",
+    "plan": "2018-04-02",
+    "priority": "2020-12-01",
+    "provider": "2018-10-01",
+    "publicKeys": "2018-04-02",
+    "resourceGroupName": "2017-08-01",
+    "resourceId": "2019-03-11",
+    "securityProfile": "2020-06-01",
+    "storageProfile": "2019-06-01",
+    "subscriptionId": "2017-08-01",
+    "tags": "2017-08-01",
+    "tagsList": "2019-06-04",
+    "userData": "2021-01-01",
+    "vmScaleSetName": "2017-12-01",
+    "zone": "2017-12-01",
+}
 
 Answer = Tuple[int, Dict[str, str], bytes]
 
@@ -70,8 +177,9 @@ class RefusedError(Exception):
 class FakeAzure:
     """WireServer and IMDS for one VM.
 
-    computer_name None is a VM made from a specialized disk. imds_versions are those that IMDS knows. throttle is the
-    number of requests in any second past which WireServer answers 429. listen() starts a service, stop() ends both.
+    A computer_name of "" or None is a VM made from a specialized disk. public_keys are the keyData of each key.
+    imds_versions are those that IMDS knows. throttle is the number of requests in any second past which WireServer
+    answers 429. listen() starts a service, stop() ends both.
     """
 
     def __init__(
@@ -79,16 +187,25 @@ class FakeAzure:
         name: str = "web_01",
         computer_name: Optional[str] = "web-01",
         script: Optional[Dict[str, List[Dict[str, Any]]]] = None,
-        imds_versions: Optional[List[str]] = None,
+        imds_versions: Optional[Sequence[str]] = None,
         throttle: Optional[int] = None,
         drip_pause: float = 1.0,
+        admin_username: str = "",
+        public_keys: Sequence[str] = (),
+        disable_password_authentication: Union[str, bool] = "",
     ) -> None:
-        self.leaves = {"compute/name": name}
-        if computer_name is not None:
-            self.leaves["compute/osProfile/computerName"] = computer_name
+        self.name = name
+        self.os_profile = {
+            "adminUsername": admin_username,
+            "computerName": computer_name or "",
+            "disablePasswordAuthentication": disable_password_authentication,
+        }
+        self.public_keys = [
+            {"keyData": key, "path": f"/home/{admin_username}/.ssh/authorized_keys"} for key in public_keys
+        ]
         script = script or {}
         self.script = {service: list(script.get(service, [])) for service in (WIRESERVER, IMDS)}
-        self.imds_versions = IMDS_VERSIONS if imds_versions is None else imds_versions
+        self.imds_versions = sorted(IMDS_VERSIONS if imds_versions is None else imds_versions)
         self.throttle = throttle
         self.drip_pause = drip_pause
         self.incarnation = 3
@@ -111,11 +228,11 @@ class FakeAzure:
     @property
     def instance_id(self) -> str:
         """The identifier of the role instance."""
-        return "5ca1ab1e-0000-4000-8000-000000000001._" + self.leaves["compute/name"]
+        return f"{VM_ID}._{self.name}"
 
     @property
     def accepted(self) -> List[Dict[str, Any]]:
-        """The health reports that the platform took notice of."""
+        """The health reports that were not refused."""
         return [report for report in self.reports if report["accepted"]]
 
     def asked(self, service: str) -> List[str]:
@@ -161,17 +278,27 @@ class FakeAzure:
 
     def answer(self, request: Dict[str, Any]) -> Answer:
         """Return status, headers and body of the right answer to a request, to which a health report is added."""
+        if request["service"] == WIRESERVER:
+            try:
+                return self.wireserver(request)
+            except RefusedError as refused:
+                title = responses[refused.status]
+                page = HTML_ERROR.format(title=title, status=refused.status, reason=escape(str(refused)))
+                return refused.status, {"Content-Type": "text/html; charset=us-ascii"}, page.encode("ascii", "replace")
         try:
-            return self.wireserver(request) if request["service"] == WIRESERVER else self.imds(request)
+            return self.imds(request)
         except RefusedError as refused:
-            document = {"error": str(refused), "newest-versions": list(reversed(self.imds_versions))}
-            return refused.status, {"Content-Type": "application/json"}, json.dumps(document).encode()
+            error: Dict[str, Any] = {"error": str(refused)}
+            if "api-version" in str(refused):
+                error["newest-versions"] = self.imds_versions[:-4:-1]
+            return refused.status, {"Content-Type": "application/json; charset=utf-8"}, json.dumps(error).encode()
 
     def wireserver(self, request: Dict[str, Any]) -> Answer:
         """Answer for the WireServer. Raises RefusedError."""
-        method, path, headers = request["method"], request["path"], request["headers"]
-        if headers.get("x-ms-version") != "2012-11-30":
-            raise RefusedError(400, "x-ms-version is missing or unknown")
+        method, headers = request["method"], request["headers"]
+        url = urlsplit(request["path"])
+        query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        subject = query.get("comp", "")
         if self.throttle is not None:
             now = time.monotonic()
             with self.lock:
@@ -180,32 +307,64 @@ class FakeAzure:
                 if not throttled:
                     self.served.append(now)
             if throttled:
-                raise RefusedError(429, "too many requests")
-        url = urlsplit(path)
-        if url.path.rstrip("/") != "/machine" or parse_qs(url.query).get("comp") not in (["goalstate"], ["health"]):
-            raise RefusedError(404, "no such resource")
-        if url.query == "comp=goalstate":
-            if method != "GET":
-                raise RefusedError(405, "GET the goal state")
-            goal_state = GOAL_STATE.format(
-                incarnation=self.incarnation, container_id=self.container_id, instance_id=self.instance_id
+                raise RefusedError(429, "There were too many requests")
+        if (method, url.path, subject) == ("GET", "/", "versions"):
+            supported = "".join(f"<Version>{version}</Version>" for version in WIRESERVER_VERSIONS)
+            return self.xml(
+                '<?xml version="1.0" encoding="utf-8"?>'
+                f"<Versions><Preferred><Version>{WIRESERVER_VERSIONS[0]}</Version></Preferred>"
+                f"<Supported>{supported}</Supported></Versions>"
             )
-            return 200, {"Content-Type": "text/xml; charset=utf-8"}, goal_state.encode()
-        if method != "POST":
-            raise RefusedError(405, "POST the health report")
-        if not headers.get("x-ms-agent-name"):
+        if headers.get("x-ms-version") not in WIRESERVER_VERSIONS:
+            raise RefusedError(400, "x-ms-version is missing or unknown")
+        allowed = {"goalstate": "GET", "config": "GET", "health": "POST", "roleProperties": "POST"}.get(subject)
+        machine = f"/machine/{self.container_id}/{self.instance_id}" if subject == "config" else "/machine"
+        if unquote(url.path).rstrip("/") != machine or allowed is None:
+            raise RefusedError(404, "There is no such resource")
+        if method != allowed:
+            raise RefusedError(405, f"This is to be asked with {allowed}")
+        if subject == "goalstate":
+            return self.xml(self.describe(GOAL_STATE))
+        if subject == "config":
+            if query.get("type") not in CONFIGURATIONS:
+                raise RefusedError(404, "There is no such configuration")
+            return self.xml(self.describe(CONFIGURATIONS[query["type"]]))
+        if not (headers.get("x-ms-agent-name") or headers.get("x-ms-guest-agent-name")):
             raise RefusedError(400, "x-ms-agent-name is missing")
         if headers.get("content-type", "").replace(" ", "").lower() != "text/xml;charset=utf-8":
-            raise RefusedError(400, "the content type is not text/xml;charset=utf-8")
+            raise RefusedError(400, "The content type is not text/xml;charset=utf-8")
+        if subject == "health":
+            self.health(request)
+        return 200, {}, b""
+
+    @staticmethod
+    def xml(document: str) -> Answer:
+        """Return document as an answer."""
+        return 200, {"Content-Type": "text/xml; charset=utf-8"}, document.encode()
+
+    def describe(self, template: str) -> str:
+        """Fill in a template what is true of the VM now."""
+        return template.format(
+            incarnation=self.incarnation,
+            container_id=self.container_id,
+            instance_id=escape(self.instance_id),
+            instance_name=escape(self.name, {'"': "&quot;"}),
+        )
+
+    def health(self, request: Dict[str, Any]) -> None:
+        """Take notice of a health report. Raises RefusedError unless it is about this VM as it is now."""
         report = self.parse_report(request["body"])
-        if report["container_id"] != self.container_id or report["instance_id"] != self.instance_id:
-            raise RefusedError(410, "no such container")
-        # A report on another incarnation is answered as any other, and ignored.
-        report["accepted"] = report["incarnation"] == str(self.incarnation)
+        report["accepted"] = False
         request["report"] = report
         with self.lock:
             self.reports.append(report)
-        return 200, {}, b""
+        if len(report.get("description") or "") > DESCRIPTION_LIMIT:
+            raise RefusedError(500, f"The description is longer than {DESCRIPTION_LIMIT} characters")
+        if (report["container_id"], report["instance_id"]) != (self.container_id, self.instance_id):
+            raise RefusedError(410, "There is no such container")
+        if report["incarnation"] != str(self.incarnation):
+            raise RefusedError(410, "The goal state has another incarnation")
+        report["accepted"] = True
 
     @staticmethod
     def parse_report(body: bytes) -> Dict[str, Any]:
@@ -238,8 +397,6 @@ class FakeAzure:
         elif state == "NotReady":
             substatus, description = children(children(role_health, "State", "Details")[1], "SubStatus", "Description")
             report.update(substatus=substatus.text, description=description.text)
-            if len(description.text or "") > 512:
-                raise RefusedError(400, "the description is longer than 512 characters")
         else:
             raise RefusedError(400, f"no such state: {state}")
         return report
@@ -254,17 +411,91 @@ class FakeAzure:
         if "x-forwarded-for" in headers:
             raise RefusedError(400, "Bad request. Forwarded requests are refused")
         url = urlsplit(request["path"])
-        query = parse_qs(url.query)
-        version = query.get("api-version", [""])[0]
+        if url.path == "/metadata/versions":
+            return self.json({"apiVersions": self.imds_versions})
+        query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        version = query.get("api-version", "")
         if version not in self.imds_versions:
             raise RefusedError(400, "Bad request. api-version is invalid or was not specified in the request")
-        prefix = "/metadata/instance/"
-        leaf = url.path[len(prefix) :]
-        if not url.path.startswith(prefix) or leaf not in self.leaves or version < LEAVES[leaf]:
+        path = url.path.strip("/").split("/")
+        if path[:2] != ["metadata", "instance"]:
             raise RefusedError(404, "Not found")
-        if query.get("format") != ["text"]:
-            raise RefusedError(400, "Bad request. A leaf wants format=text")
-        return 200, {"Content-Type": "text/plain; charset=utf-8"}, self.leaves[leaf].encode()
+        found = self.instance(version)
+        for name in path[2:]:
+            try:
+                found = found[int(name)] if isinstance(found, list) else found[name]
+            except (LookupError, TypeError, ValueError):
+                raise RefusedError(404, "Not found") from None
+        if query.get("format", "json") == "json":
+            if not isinstance(found, (dict, list)):
+                raise RefusedError(400, "Bad request. A leaf wants format=text")
+            return self.json(found)
+        if query["format"] != "text":
+            raise RefusedError(400, "Bad request. No such format")
+        if isinstance(found, (dict, list)):
+            entries = found.items() if isinstance(found, dict) else enumerate(found)
+            found = "\n".join(f"{key}/" if isinstance(value, (dict, list)) else str(key) for key, value in entries)
+        return 200, {"Content-Type": "text/plain; charset=utf-8"}, str(found).encode()
+
+    @staticmethod
+    def json(document: Any) -> Answer:
+        """Return document as an answer."""
+        return 200, {"Content-Type": "application/json; charset=utf-8"}, json.dumps(document).encode()
+
+    def instance(self, version: str) -> Any:
+        """Return the whole instance document, as version has it."""
+        group = "/subscriptions/8d10da13-8125-4ba9-a717-bf7490507b3d/resourceGroups/web"
+        image = {"offer": "debian-12", "publisher": "Debian", "sku": "12-gen2", "version": "latest"}
+        disk = {"caching": "ReadWrite", "createOption": "FromImage", "diskSizeGB": "30", "name": self.name + "_OsDisk"}
+        compute = {
+            "azEnvironment": "AzurePublicCloud",
+            "customData": "",
+            "evictionPolicy": "",
+            "isHostCompatibilityLayerVm": "false",
+            "licenseType": "",
+            "location": "westeurope",
+            "name": self.name,
+            "offer": image["offer"],
+            "osProfile": self.os_profile,
+            "osType": "Linux",
+            "placementGroupId": "",
+            "plan": {"name": "", "product": "", "publisher": ""},
+            "platformFaultDomain": "0",
+            "platformUpdateDomain": "0",
+            "priority": "",
+            "provider": "Microsoft.Compute",
+            "publicKeys": self.public_keys,
+            "publisher": image["publisher"],
+            "resourceGroupName": "web",
+            "resourceId": f"{group}/providers/Microsoft.Compute/virtualMachines/{self.name}",
+            "securityProfile": {"secureBootEnabled": "false", "virtualTpmEnabled": "false"},
+            "sku": image["sku"],
+            "storageProfile": {"dataDisks": [], "imageReference": image, "osDisk": disk},
+            "subscriptionId": group.split("/")[2],
+            "tags": "",
+            "tagsList": [],
+            "userData": "",
+            "version": image["version"],
+            "vmId": VM_ID,
+            "vmScaleSetName": "",
+            "vmSize": "Standard_B1s",
+            "zone": "",
+        }
+        interface = {
+            "ipv4": {
+                "ipAddress": [{"privateIpAddress": "10.0.0.4", "publicIpAddress": ""}],
+                "subnet": [{"address": "10.0.0.0", "prefix": "24"}],
+            },
+            "ipv6": {"ipAddress": []},
+            "macAddress": MAC_ADDRESS,
+        }
+
+        def known(element: Any) -> Any:
+            if not isinstance(element, dict):
+                return element
+            return {name: known(value) for name, value in element.items() if SINCE.get(name, "") <= version}
+
+        return {"compute": known(compute), "network": {"interface": [interface]}}
 
 
 class _Server(ThreadingMixIn, HTTPServer):
@@ -299,6 +530,7 @@ class _Handler(BaseHTTPRequestHandler):
         with azure.lock:
             entry = azure.script[service].pop(0) if azure.script[service] else {}
         action = entry.get("do", "right")
+        self.entry: Dict[str, Any] = entry
         request = {
             "service": service,
             "method": self.command,
@@ -311,7 +543,7 @@ class _Handler(BaseHTTPRequestHandler):
             azure.stopping.wait(entry["delay"])
         if action == "moved":
             azure.move()
-        if action in ("right", "moved", "cut", "drip") and not {"status", "body"} & set(entry):
+        if action in ("right", "moved", "cut", "cut_headers", "drip") and not {"status", "body"} & set(entry):
             answer = azure.answer(request)
             request["outcome"] = str(answer[0]) + ("" if action in ("right", "moved") else f", {action}")
         else:
@@ -322,6 +554,9 @@ class _Handler(BaseHTTPRequestHandler):
         getattr(self, "do_" + action)(*answer)
 
     do_GET = do_POST = do_PUT = do_HEAD = handle_any  # noqa: N815
+
+    def version_string(self) -> str:
+        return "Microsoft-HTTPAPI/2.0" if self.server.service == WIRESERVER else "IMDS/150.870.65.1854"
 
     def head(self, status: int, headers: Dict[str, str], length: int) -> None:
         self.send_response(status)
@@ -354,6 +589,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[: len(body) // 2])
         self.close_connection = True
 
+    def do_cut_headers(self, status: int, headers: Dict[str, str], body: bytes) -> None:
+        self.head(status, headers, len(body))
+        head = self.take_head()
+        self.wfile.write(head[: len(head) // 2])
+        self.close_connection = True
+
+    def do_raw(self, *_: object) -> None:
+        data = self.entry["raw"].encode("latin-1", "surrogateescape")
+        for _count in range(self.entry.get("repeat", 1)):
+            self.wfile.write(data)
+        self.close_connection = True
+        if self.entry.get("keep"):
+            self.server.azure.stopping.wait(60)
+
+    def take_head(self) -> bytes:
+        head = b"".join(self._headers_buffer) + b"\r\n"
+        self._headers_buffer: List[bytes] = []
+        return head
+
     def send_until_stopped(self, data: bytes, pause: float, size: int = 1) -> None:
         self.wfile.flush()
         for start in range(0, len(data), size):
@@ -364,9 +618,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_drip(self, status: int, headers: Dict[str, str], body: bytes) -> None:
         self.head(status, headers, len(body))
-        head = b"".join(self._headers_buffer) + b"\r\n"
-        self._headers_buffer: List[bytes] = []
-        self.send_until_stopped(head + body, self.server.azure.drip_pause)
+        self.send_until_stopped(self.take_head() + body, self.server.azure.drip_pause)
 
     # Bounded all the same, should the client never stop to read.
 
@@ -391,6 +643,31 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
+def add_vm_arguments(parser: argparse.ArgumentParser) -> None:
+    """Have parser know what there is to say about the VM."""
+    parser.add_argument("--name", default="web_01", help="the name of the VM resource (default: %(default)s)")
+    parser.add_argument(
+        "--computer-name", default="web-01", help="the VM's host name, '' for a specialized disk (default: %(default)s)"
+    )
+    parser.add_argument("--admin-username", default="", metavar="NAME", help="the user to create")
+    parser.add_argument("--public-key", action="append", default=[], metavar="KEY", help="a key of that user's")
+    parser.add_argument("--disable-password-authentication", default="", metavar="BOOL", help="true or false")
+    parser.add_argument("--script", default="{}", metavar="JSON", help="see the top of tests/fake_azure.py")
+
+
+def from_arguments(options: argparse.Namespace, **more: Any) -> FakeAzure:
+    """Return the pretend Azure for the VM that options describe."""
+    return FakeAzure(
+        options.name,
+        options.computer_name,
+        json.loads(options.script),
+        admin_username=options.admin_username,
+        public_keys=options.public_key,
+        disable_password_authentication=options.disable_password_authentication,
+        **more,
+    )
+
+
 def main(arguments: Optional[List[str]] = None) -> int:
     """Run both services until interrupted, and print what they are asked."""
     parser = argparse.ArgumentParser(prog="python3 -m tests.fake_azure", description="A pretend Azure for one VM.")
@@ -399,13 +676,11 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument(
         "--absent", action="append", default=[], choices=(WIRESERVER, IMDS), help="a service to leave out"
     )
-    parser.add_argument("--name", default="web_01", help="the name of the VM resource (default: %(default)s)")
-    parser.add_argument("--computer-name", default="web-01", help="the VM's host name (default: %(default)s)")
-    parser.add_argument("--script", default="{}", metavar="JSON", help="see the top of tests/fake_azure.py")
+    add_vm_arguments(parser)
     parser.add_argument("--throttle", type=int, metavar="N", help="answer 429 past N requests a second")
     parser.add_argument("--json", action="store_true", help="print each request as a line of JSON")
     options = parser.parse_args(arguments)
-    azure = FakeAzure(options.name, options.computer_name, json.loads(options.script), throttle=options.throttle)
+    azure = from_arguments(options, throttle=options.throttle)
 
     def show(request: Dict[str, Any]) -> None:
         if options.json:

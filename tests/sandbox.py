@@ -17,7 +17,7 @@ import subprocess
 import sys
 from typing import Any, Dict, List, Optional
 
-from tests.fake_azure import IMDS, WIRESERVER, FakeAzure
+from tests.fake_azure import IMDS, WIRESERVER, FakeAzure, add_vm_arguments, from_arguments
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPT = os.path.join(REPOSITORY, "azure_provisioning.py")
@@ -142,7 +142,7 @@ def show(seen: Dict[str, Any]) -> None:
     for request in seen["requests"]:
         print("  {service:10} {method:4} {path}  ->  {outcome}".format(**request))
     for health in seen["reports"]:
-        verdict = "accepted" if health["accepted"] else "ignored, for another incarnation"
+        verdict = "accepted" if health["accepted"] else "refused"
         print(
             "  {state} for container {container_id}, incarnation {incarnation}: {verdict}".format(
                 verdict=verdict, **health
@@ -157,8 +157,7 @@ def show(seen: Dict[str, Any]) -> None:
 def inside(options: argparse.Namespace) -> int:
     """Furnish the VM, run the command in it, and show what came of it."""
     furnish(options.host_name, None if options.no_hosts else options.hosts)
-    azure = FakeAzure(options.name, options.computer_name or None, json.loads(options.script))
-    with azure:
+    with from_arguments(options) as azure:
         for service, address in ADDRESSES.items():
             if service not in options.absent:
                 azure.listen(service, address, 80)
@@ -181,9 +180,7 @@ def parse_arguments(arguments: List[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python3 -m tests.sandbox", description="Run a command in a VM on a pretend Azure, made of namespaces."
     )
-    parser.add_argument("--name", default="web_01", help="the VM resource (default: %(default)s)")
-    parser.add_argument("--computer-name", default="web-01", help="its host name; '' for none (default: %(default)s)")
-    parser.add_argument("--script", default="{}", metavar="JSON", help="how Azure misbehaves: see tests/fake_azure.py")
+    add_vm_arguments(parser)
     parser.add_argument(
         "--absent", action="append", default=[], choices=sorted(ADDRESSES), help="a service to leave out"
     )
