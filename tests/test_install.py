@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 import unittest
@@ -24,6 +25,10 @@ class InstallCase(unittest.TestCase):
     def setUp(self) -> None:
         self.directory = os.path.realpath(tempfile.mkdtemp())
         self.addCleanup(shutil.rmtree, self.directory)
+        self.outside = os.path.join(self.directory, "outside")
+        os.makedirs(os.path.join(self.outside, "directory"))
+        with open(os.path.join(self.outside, "victim"), "w", encoding="utf-8") as file:
+            file.write("somebody else's")
         self.root = os.path.join(self.directory, "image root")
         for directory in ("etc/systemd/system/multi-user.target.wants", "usr/local/sbin", "usr/bin"):
             os.makedirs(os.path.join(self.root, directory))
@@ -50,30 +55,59 @@ class InstallCase(unittest.TestCase):
         os.symlink(target, self.path(name))
 
     def library(self, name: str) -> None:
-        self.write(name + "/http/client.py")
+        self.write(name + "/json/__init__.py")
         self.write(name + "/xml/etree/ElementTree.py")
 
-    def tree(self) -> Dict[str, Tuple[object, ...]]:
-        """Return all that is in the root: type and mode, content, and the time of its last change."""
+    def unit(self, name: str, enabled_by: str = "multi-user.target") -> None:
+        """Put a unit of the distribution there and enable it."""
+        self.write("usr/lib/systemd/system/" + name, "[Service]\nExecStart=/bin/true\n")
+        self.link("/usr/lib/systemd/system/" + name, f"etc/systemd/system/{enabled_by}.wants/{name}")
+
+    def tree(self, top: str = "") -> Dict[str, Tuple[object, ...]]:
+        """Return all that is in the root, or in top: type and mode, content, and the time of its last change."""
         found: Dict[str, Tuple[object, ...]] = {}
-        for directory, directories, files in os.walk(self.root):
+        for directory, directories, files in os.walk(top or self.root):
             for name in directories + files:
                 path = os.path.join(directory, name)
                 status = os.lstat(path)
-                content = os.readlink(path) if os.path.islink(path) else ""
-                if os.path.isfile(path) and not os.path.islink(path):
+                content = ""
+                if stat.S_ISLNK(status.st_mode):
+                    content = os.readlink(path)
+                elif stat.S_ISREG(status.st_mode):
                     with open(path, encoding="utf-8") as file:
                         content = file.read()
-                changed = 0 if os.path.isdir(path) else status.st_mtime_ns
-                found[os.path.relpath(path, self.root)] = (status.st_mode, content, changed)
+                changed = 0 if stat.S_ISDIR(status.st_mode) else status.st_mtime_ns
+                found[os.path.relpath(path, top or self.root)] = (status.st_mode, content, changed)
         return found
 
-    def install(self, *arguments: str, shell: Tuple[str, ...] = ("sh",)) -> "subprocess.CompletedProcess[str]":
-        """Run the installer on the root with arguments, as root of a mount namespace of its own."""
-        # What a bug would write elsewhere is lost with the namespace.
-        code = 'for d in /etc /usr/local /run; do mount -t tmpfs tmpfs $d; done; exec "$@"'
-        command = [*sandbox.unshare_command(), "sh", "-c", code, "sh", *shell, INSTALL, "--root", self.root, *arguments]
-        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", check=False)
+    def install(
+        self,
+        *arguments: str,
+        shell: Tuple[str, ...] = ("sh",),
+        installer: str = INSTALL,
+        root: str = "",
+        first: str = ":",
+        **environment: str,
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run the installer on the root with arguments, as root of a mount namespace of its own, after first."""
+        # What a bug would write elsewhere is lost with the namespace; beside the image it is seen.
+        code = 'for d in /etc /usr/local /run; do mount -t tmpfs tmpfs $d; done; eval "$1"; shift; exec "$@"'
+        command = [*sandbox.unshare_command(), "sh", "-c", code, "sh", first]
+        command += [*shell, installer, "--root", root or self.root, *arguments]
+        before = self.tree(self.outside)
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            cwd=self.directory,
+            env=dict(os.environ, **environment),
+            timeout=60,  # one that waits for a FIFO would wait for ever
+            check=False,
+        )
+        self.assertEqual(self.tree(self.outside), before, done)
+        return done
 
     def check_installed(self, *arguments: str) -> None:
         done = self.install(*arguments)
@@ -86,6 +120,25 @@ class InstallCase(unittest.TestCase):
         self.assertEqual((done.returncode, done.stdout), (1, ""), done)
         self.assertRegex(done.stderr, rf"\Ainstall\.sh: .*{reason}.*; nothing was changed\n\Z")
         self.assertEqual(self.tree(), before)
+
+    def check_refused_but_for_force(self, reason: str) -> None:
+        self.check_refused(reason + ".*--force")
+        done = self.install("--force")
+        self.assertEqual(done.returncode, 0, done)
+        self.assertRegex(done.stderr, rf"\Ainstall\.sh: .*{reason}.*; going on all the same\n\Z")
+        self.check_whole()
+
+    def check_whole(self) -> None:
+        """Check that everything is in its place, as a first install would have left it."""
+        tree = self.tree()
+        for name, source in ((PROGRAM, sandbox.SCRIPT), (UNIT, os.path.join(sandbox.REPOSITORY, UNIT.split("/")[-1]))):
+            with open(source, encoding="utf-8") as file:
+                self.assertEqual(str(tree[name][1]).rsplit("\n", 2)[0] + "\n", file.read())
+        self.assertEqual(tree[PROGRAM][0], 0o100755)
+        self.assertEqual(tree[UNIT][0], 0o100644)
+        self.assertEqual(tree[PRESET][0], 0o100644)
+        self.assertEqual(tree[WANTS][1], "/" + UNIT)
+        self.assertEqual([name for name in tree if name.startswith(tuple(OURS - {WANTS})) and name not in OURS], [])
 
 
 class InstallTest(InstallCase):
@@ -102,12 +155,8 @@ class InstallTest(InstallCase):
                 self.assertRegex(done.stdout, r"\Ainstalled and enabled in .*/image root: it runs at the next boot\n\Z")
                 after = self.tree()
                 self.assertEqual(set(after) - set(before), OURS | {os.path.dirname(PRESET)})
-                self.assertEqual(after[PROGRAM][0], 0o100755)
-                self.assertEqual(after[UNIT][0], 0o100644)
-                self.assertEqual(after[PRESET][:2], (0o100644, "enable azure-provisioning.service\n"))
-                self.assertEqual(after[WANTS][1], "/" + UNIT)
-                with open(sandbox.SCRIPT, encoding="utf-8") as file:
-                    self.assertEqual(after[PROGRAM][1], file.read())
+                self.check_whole()
+                self.assertRegex(str(after[PRESET][1]), r"\Aenable azure-provisioning\.service\n(#.*\n)+\Z")
                 self.assertEqual(self.install("--uninstall", shell=shell).returncode, 0)
                 self.assertEqual(self.tree(), before)
 
@@ -123,15 +172,6 @@ class InstallTest(InstallCase):
         os.unlink(self.path(WANTS))
         self.check_installed()
         self.assertEqual(self.tree()[WANTS][:2], before[WANTS][:2])
-
-    def test_a_file_that_was_changed_is_put_right(self) -> None:
-        self.check_installed()
-        before = {name: entry[:2] for name, entry in self.tree().items()}
-        self.write(PROGRAM, "#!/bin/false\n")
-        os.unlink(self.path(UNIT))
-        self.link("/dev/null", UNIT)  # masked
-        self.check_installed()
-        self.assertEqual({name: entry[:2] for name, entry in self.tree().items()}, before)
 
     def test_uninstall_leaves_what_others_put_beside(self) -> None:
         self.write("etc/systemd/system-preset/10-mine.preset", "disable *\n")
@@ -192,8 +232,11 @@ class PythonTest(InstallCase):
         self.check_refused("no Python 3.6 or later")
 
     def test_a_python_without_its_standard_library_is_refused(self) -> None:
-        os.unlink(self.path("usr/lib/python3.11/http/client.py"))
-        self.check_refused("libpython3-stdlib")
+        for module in ("json/__init__.py", "xml/etree/ElementTree.py"):
+            with self.subTest(module):
+                self.setUp()
+                os.unlink(self.path("usr/lib/python3.11/" + module))
+                self.check_refused("libpython3-stdlib")
 
     def test_a_loop_of_links_is_refused(self) -> None:
         os.unlink(self.path("usr/bin/python3"))
@@ -214,16 +257,15 @@ class RefusalTest(InstallCase):
         self.check_installed()
 
     def test_another_agent_that_is_enabled_is_refused_and_forced(self) -> None:
-        for agent, link in {
-            "cloud-init": "cloud-init.target.wants/cloud-init-local.service",
-            "walinuxagent": "multi-user.target.wants/walinuxagent.service",
-            "waagent": "multi-user.target.wants/waagent.service",
-        }.items():
+        for agent, name, target in (
+            ("cloud-init", "cloud-init-local.service", "cloud-init.target"),
+            ("walinuxagent", "walinuxagent.service", "multi-user.target"),
+            ("waagent", "waagent.service", "multi-user.target"),
+        ):
             with self.subTest(agent):
                 self.setUp()
-                self.link("/usr/lib/systemd/system/x.service", "etc/systemd/system/" + link)
-                self.check_refused(agent + " is enabled in .*--force")
-                self.check_installed("--force")
+                self.unit(name, target)
+                self.check_refused_but_for_force(agent + " is enabled in")
 
     def test_another_agent_that_is_not_enabled_is_no_obstacle(self) -> None:
         self.write("usr/lib/systemd/system/cloud-init.service")
@@ -231,12 +273,16 @@ class RefusalTest(InstallCase):
         self.check_installed()
 
     def test_cloud_init_that_is_disabled_is_no_obstacle(self) -> None:
-        self.link("/x", "etc/systemd/system/cloud-init.target.wants/cloud-init.service")
+        self.unit("cloud-init.service", "cloud-init.target")
         self.write("etc/cloud/cloud-init.disabled")
         self.check_installed()
 
+    def test_an_agent_that_was_removed_is_no_obstacle(self) -> None:
+        self.link("/usr/lib/systemd/system/x.service", "etc/systemd/system/multi-user.target.wants/waagent.service")
+        self.check_installed()
+
     def test_an_agent_that_is_masked_is_no_obstacle(self) -> None:
-        self.link("/x", "etc/systemd/system/multi-user.target.wants/walinuxagent.service")
+        self.unit("walinuxagent.service")
         self.link("/dev/null", "etc/systemd/system/walinuxagent.service")
         self.check_installed()
 
@@ -258,6 +304,256 @@ class RefusalTest(InstallCase):
 
     def test_a_root_that_is_not_there_is_refused(self) -> None:
         self.check_refused("no directory /no/such", "--root", "/no/such")
+
+
+class OutsideTest(InstallCase):
+    """Whatever is in the image: nothing beside it is touched, and what is called installed is."""
+
+    def chain(self, length: int, name: str, target: str) -> None:
+        """Make name the first of a chain of symbolic links, of which the last one leads to target."""
+        for number in range(length - 1):
+            self.link(f"/links/{number}", name if number == 0 else f"links/{number - 1}")
+        self.link(target, f"links/{length - 2}")
+
+    def test_the_name_of_a_temporary_file_may_be_taken(self) -> None:
+        for name in (PROGRAM, UNIT, PRESET):
+            self.link(self.outside + "/victim", name + ".new")
+        self.check_installed()
+        for name in (PROGRAM, UNIT, PRESET):
+            os.unlink(self.path(name + ".new"))
+        self.check_whole()
+
+    def test_a_link_in_place_of_a_file_is_not_followed(self) -> None:
+        for name in (PROGRAM, UNIT, PRESET):
+            for target in ("/directory", "/victim", "/missing"):
+                with self.subTest(name, target=target):
+                    self.setUp()
+                    self.link(self.outside + target, name)
+                    self.check_refused_but_for_force("is a symbolic link")
+
+    def test_a_link_in_place_of_the_link_is_not_followed(self) -> None:
+        for target in ("/directory", "/victim", "/missing"):
+            with self.subTest(target):
+                self.setUp()
+                self.link(self.outside + target, WANTS)
+                self.check_refused_but_for_force("does not lead to the unit")
+
+    def test_what_is_neither_file_nor_link_is_refused_whatever_is_said(self) -> None:
+        for name in (PROGRAM, UNIT, PRESET, WANTS):
+            for make in (os.mkdir, os.mkfifo):
+                with self.subTest(name, make=make):
+                    self.setUp()
+                    make(self.path(name))
+                    self.check_refused("remove it", "--force")
+
+    def test_a_file_in_place_of_the_link_is_refused(self) -> None:
+        self.write(WANTS, "[Unit]\n")
+        self.check_refused("is no link")
+
+    def test_forty_links_are_followed_and_more_are_refused(self) -> None:
+        for length in (2, 39, 40, 41, 42, 100):
+            with self.subTest(length):
+                self.setUp()
+                os.rmdir(self.path("usr/local/sbin"))
+                self.chain(length, "usr/local/sbin", self.outside if length > 40 else "/opt/sbin")
+                if length > 40:
+                    self.check_refused("more than 40 symbolic links", "--force")
+                else:
+                    self.assertEqual(self.install().returncode, 0)
+                    self.assertIn("opt/sbin/azure-provisioning", self.tree())
+
+    def test_a_link_whose_target_ends_in_a_newline_is_followed_to_the_letter(self) -> None:
+        os.rmdir(self.path("usr/local/sbin"))
+        self.link("/opt/sbin\n", "usr/local/sbin")
+        self.assertEqual(self.install().returncode, 0)
+        self.assertIn("opt/sbin\n/azure-provisioning", self.tree())
+
+    def test_links_to_what_is_missing_stay_in_the_image(self) -> None:
+        os.rmdir(self.path("usr/local/sbin"))
+        self.link(self.outside + "/directory/new", "usr/local/sbin")
+        self.link("../../../../../../../../../.." + self.outside + "/presets", "etc/systemd/system-preset")
+        self.assertEqual(self.install().returncode, 0)
+        inside = self.outside[1:]
+        self.assertLessEqual(
+            {inside + "/directory/new/azure-provisioning", inside + "/presets/" + os.path.basename(PRESET)},
+            set(self.tree()),
+        )
+
+    def test_what_is_enabled_outside_is_not_looked_at(self) -> None:
+        os.makedirs(self.outside + "/x.target.wants")
+        os.symlink("/x", self.outside + "/x.target.wants/waagent.service")
+        self.write("usr/lib/systemd/system/waagent.service", "[Service]\n")
+        self.link(self.outside + "/x.target.wants", "etc/systemd/system/x.target.wants")
+        self.check_installed()
+
+    def test_a_parent_that_is_no_directory_is_refused(self) -> None:
+        for name in ("usr/local", "usr/local/sbin"):
+            with self.subTest(name):
+                self.setUp()
+                shutil.rmtree(self.path(name))
+                self.write(name)
+                self.check_refused(f"/{name} is no directory")
+
+    def test_all_reasons_are_told_at_once(self) -> None:
+        os.unlink(self.path("usr/bin/python3"))
+        os.mkdir(self.path(PROGRAM))
+        self.write(UNIT, "[Service]\n")
+        done = self.install()
+        self.assertEqual(len(re.findall(r"(?m)^install\.sh: .*; nothing was changed$", done.stderr)), 3, done)
+
+    def test_what_it_comes_with_must_be_there(self) -> None:
+        for missing in ("azure_provisioning.py", "azure-provisioning.service"):
+            with self.subTest(missing):
+                self.setUp()
+                away = os.path.join(self.directory, "copy of it")
+                os.mkdir(away)
+                for name in ("install.sh", "azure_provisioning.py", "azure-provisioning.service"):
+                    if name != missing:
+                        shutil.copy(os.path.join(sandbox.REPOSITORY, name), away)
+                before = self.tree()
+                done = self.install(installer="copy of it/install.sh")
+                self.assertEqual((done.returncode, done.stdout), (1, ""), done)
+                self.assertIn(f"no {missing} beside install.sh", done.stderr)
+                self.assertEqual(self.tree(), before)
+                shutil.copy(os.path.join(sandbox.REPOSITORY, missing), away)
+                self.assertEqual(self.install(installer="copy of it/install.sh").returncode, 0)
+                self.check_whole()
+
+    def test_a_full_disk_is_no_installed_program(self) -> None:
+        small = f"mount -t tmpfs -o size=8k tmpfs '{self.root}/usr/local/sbin'"
+        done = self.install(first=small)
+        self.assertNotEqual(done.returncode, 0)
+        self.assertEqual(done.stdout, "")
+        self.assertIn("half-way", done.stderr)
+        self.assertNotIn(WANTS, self.tree())
+
+    def test_directories_are_not_writable_for_everybody(self) -> None:
+        shutil.rmtree(self.path("usr/local"))
+        shutil.rmtree(self.path("etc/systemd/system"))
+        self.assertEqual(self.install(shell=("sh", "-c", 'umask 000; exec sh "$@"', "sh")).returncode, 0)
+        self.check_whole()
+        for name in self.tree():
+            if name.startswith(("usr/local", "etc/systemd")) and name != WANTS:
+                self.assertEqual(os.stat(self.path(name)).st_mode & 0o022, 0, name)
+
+    def test_a_root_is_a_directory_whatever_its_name(self) -> None:
+        for name in ("-P", "-", "image\n", "a\nb\n\n", "*", "--", "plain"):
+            for directory in ("", "./", "{}/"):
+                with self.subTest(directory + name):
+                    self.setUp()
+                    for similar in {name + "x", name.rstrip("\n")} - {name}:
+                        os.mkdir(os.path.join(self.directory, similar))
+                    os.rename(self.root, os.path.join(self.directory, name))
+                    self.root = os.path.join(self.directory, name)
+                    done = self.install(root=directory.format(self.directory) + name, OLDPWD=self.outside)
+                    self.assertEqual((done.returncode, done.stderr), (0, ""), done)
+                    self.check_whole()
+
+    def test_cdpath_is_not_searched(self) -> None:
+        os.rename(self.root, os.path.join(self.directory, "image"))
+        self.root = os.path.join(self.directory, "image")
+        os.mkdir(os.path.join(self.outside, "image"))
+        done = self.install(root="image", installer=os.path.relpath(INSTALL, self.directory), CDPATH=self.outside)
+        self.assertEqual((done.returncode, done.stderr), (0, ""), done)
+        self.check_whole()
+
+
+class OthersTest(InstallCase):
+    """What somebody else put there, or made of it, is not lost without a word."""
+
+    def test_an_edited_file_is_refused(self) -> None:
+        for name in (PROGRAM, UNIT, PRESET):
+            for edit in ("# edited\n{}", "{}# edited\n", "", "something else\n"):
+                with self.subTest(name, edit=edit):
+                    self.setUp()
+                    self.check_installed()
+                    text = str(self.tree()[name][1])
+                    self.write(name, edit.format(text))
+                    self.check_refused_but_for_force("somebody changed /" + name)
+
+    def test_a_mask_is_refused(self) -> None:
+        self.check_installed()
+        os.unlink(self.path(UNIT))
+        self.link("/dev/null", UNIT)
+        self.check_refused_but_for_force("azure-provisioning.service is masked in")
+
+    def test_another_version_of_ours_is_replaced(self) -> None:
+        away = os.path.join(self.directory, "older")
+        os.mkdir(away)
+        for name in ("install.sh", "azure_provisioning.py", "azure-provisioning.service"):
+            shutil.copy(os.path.join(sandbox.REPOSITORY, name), away)
+            if not name.endswith(".sh"):
+                with open(os.path.join(away, name), "a", encoding="utf-8") as file:
+                    file.write("# as it was\n")
+        done = self.install(installer=os.path.join(away, "install.sh"))
+        self.assertEqual((done.returncode, done.stderr), (0, ""), done)
+        self.assertIn("# as it was", str(self.tree()[UNIT][1]))
+        self.check_installed()
+        self.check_whole()
+
+    def test_the_preset_of_version_1_0_0_is_replaced(self) -> None:
+        self.write(PRESET, "enable azure-provisioning.service\n")
+        self.check_installed()
+        self.check_whole()
+
+    def test_a_wrong_owner_or_mode_is_put_right(self) -> None:
+        self.check_installed()
+        os.chmod(self.path(PROGRAM), 0o777)
+        if os.geteuid() == 0:
+            os.chown(self.path(PROGRAM), 1234, 1234)
+        self.check_installed()
+        self.check_whole()
+        self.assertEqual(os.stat(self.path(PROGRAM)).st_uid, os.geteuid())
+
+    def test_uninstall_leaves_what_is_not_ours_and_says_so(self) -> None:
+        self.check_installed()
+        self.write(PROGRAM, "#!/bin/false\n")
+        self.write(UNIT, str(self.tree()[UNIT][1]) + "# edited\n")
+        for name in (PRESET, WANTS):
+            os.unlink(self.path(name))
+            self.link("/dev/null", name)
+        before = self.tree()
+        done = self.install("--uninstall")
+        self.assertEqual(done.returncode, 0, done)
+        for name in OURS:
+            self.assertIn(f"left /{name}, ", done.stderr)
+        self.assertEqual(self.tree(), before)
+        done = self.install("--uninstall", "--force")
+        for name in OURS:
+            self.assertIn(f"took away /{name}, ", done.stderr)
+        self.assertEqual(OURS & set(self.tree()), set())
+
+    def test_uninstall_leaves_a_directory_that_has_the_name_of_a_file(self) -> None:
+        for name in OURS:
+            os.mkdir(self.path(name))
+        before = self.tree()
+        for force in ([], ["--force"]):
+            done = self.install("--uninstall", *force)
+            self.assertEqual((done.returncode, done.stderr.count(": left /")), (0, 4), done)
+            self.assertEqual(self.tree(), before)
+
+    def test_uninstall_leaves_a_preset_directory_that_was_there(self) -> None:
+        os.mkdir(self.path("etc/systemd/system-preset"))
+        before = self.tree()
+        self.check_installed()
+        self.check_installed()
+        self.assertEqual(self.install("--uninstall").returncode, 0)
+        self.assertEqual(self.tree(), before)
+
+    def test_uninstall_stays_in_the_image(self) -> None:
+        shutil.rmtree(self.path("usr/local/sbin"))
+        os.symlink(PROGRAM, self.outside + "/azure-provisioning")
+        self.link(self.outside, "usr/local/sbin")
+        self.assertEqual(self.install("--uninstall", "--force").returncode, 0)
+        os.unlink(self.path("usr/local/sbin"))
+        self.link("sbin", "usr/local/sbin")
+        self.check_refused("more than 40 symbolic links", "--uninstall")
+
+    def test_what_an_image_is_called_cannot_command_the_terminal(self) -> None:
+        os.rename(self.root, self.root + "\x1b[2J\n")
+        self.root += "\x1b[2J\n"
+        done = self.install()
+        self.assertRegex(done.stdout, r"\Ainstalled and enabled in [ -~]*: it runs at the next boot\n\Z")
 
 
 class UnitTest(unittest.TestCase):
