@@ -3,7 +3,7 @@
 
 This is a whole provisioning agent: without arguments it asks the Instance Metadata Service (IMDS) for the name that
 the VM was created with, sets it, and then reports Ready to the WireServer. A VM that does not report Ready is declared
-failed by the platform and restarted.
+failed by the platform and restarted. On request it also makes the user that the VM was created with.
 
 It runs as root at the first boot of every VM made from an image, before anybody can log in, on a network that is just
 coming up and against services that answer late, wrongly or not at all. So it keeps trying, believes nothing it is told,
@@ -13,36 +13,26 @@ nothing here that is not needed on the way to Ready.
 The page it stands in for: https://learn.microsoft.com/azure/virtual-machines/linux/no-agent
 """
 
-import contextlib
-import gc
-import sys
+import signal
 
-# As a script, start fast: all this saves 11 of 37 ms, and a fifth of what has to come from a cold disk.
-unused: "Dict[str, Any]" = {}
 if __name__ == "__main__":
-    gc.disable()  # 4 ms: nothing of what is imported is garbage; keep_trying() enables it for what may be
-    unused["ssl"] = None  # 5 ms: http.client does without OpenSSL, and both services speak plain HTTP
-    for name in ("calendar", "datetime", "random"):  # 2 ms: of mail's headers http.client uses neither dates nor ids
-        unused[name] = type(sys)(name)
-sys.modules.update(unused)
-with contextlib.suppress(AttributeError, ImportError):
-    import http.client
-for name in unused:
-    sys.modules.pop(name, None)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no traceback, nor is it one while the rest is imported
 
-import http.client  # noqa: E402  # again, and with all of it, should another Python need one of them
-import os  # noqa: E402
-import re  # noqa: E402
-import signal  # noqa: E402
-import socket  # noqa: E402
-import time  # noqa: E402
-from xml.etree import ElementTree  # noqa: E402
+import contextlib
+import functools
+import os
+import re
+import socket
+import stat
+import sys
+import time
+from xml.etree import ElementTree
 
 TYPE_CHECKING = False  # typing is for mypy alone
 if TYPE_CHECKING:
-    from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple, TypeVar
+    from typing import Callable, Dict, List, Optional, Sequence, Tuple, TypeVar
 
-    Answer = TypeVar("Answer")
+    Result = TypeVar("Result")
 
 __version__ = "1.0.0"
 
@@ -52,10 +42,10 @@ IMDS = "169.254.169.254"  # https://learn.microsoft.com/azure/virtual-machines/i
 IMDS_BUDGET = 120.0  # seconds; Ready waits for it, so it is a small part of the other
 
 ATTEMPT_LIMIT = 10.0  # seconds for one attempt, whatever the peer does
-ANSWER_LIMIT = 1 << 20  # bytes; the longest real answer has some 3 KiB
 FIRST_PAUSE = 0.25  # seconds between the starts of two attempts, then twice that, and so on
 LONGEST_PAUSE = 5.0
 LONGEST_RETRY_AFTER = 30.0
+LAST_ATTEMPT = 1.0  # seconds that are left for it at the end of a budget
 
 
 class ProvisioningError(Exception):
@@ -93,107 +83,176 @@ def log(priority: int, message: str) -> None:
         os.write(2 if priority <= WARNING else 1, line.encode("utf-8", "backslashreplace"))
 
 
-# Transport: one request, and trying again.
+def open_standard_streams() -> None:
+    """Open those of the three standard streams that are closed, or a message would go into the next socket's."""
+    while True:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor > 2:
+            os.close(descriptor)
+            return
 
 
-class Connection(http.client.HTTPConnection):
-    """An HTTP connection that does not load the IDNA codec to connect to an address."""
-
-    def connect(self) -> None:
-        address = (self.host.encode("ascii"), self.port)  # saves 3 ms, which is what the codec for a str takes to load
-        self.sock = socket.create_connection(address, self.timeout)  # type: ignore[arg-type]
-        # Headers and body are two writes: without this the second waits until the first is acknowledged.
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+# Trying again: on a network that is coming up, a refusal now is an answer in a minute.
 
 
-def request(
-    connection: Connection, method: str, path: str, headers: "Dict[str, str]", body: "Optional[bytes]" = None
-) -> str:
-    """Send one request over connection and return the text of the answer.
+def keep_trying(attempt: "Callable[[float], Result]", budget: float) -> "Result":
+    """Call attempt with a deadline, a time of time.monotonic(), and return what it returns.
 
-    Redirects are not followed and proxies not used: http.client knows neither. Raises ProvisioningError if there is no
-    complete answer, if its status is not 2xx, or if it is longer than ANSWER_LIMIT or not UTF-8.
+    If it raises ProvisioningError, whatever the reason, it is called again until budget, in seconds, is spent; then the
+    last one is raised.
     """
-    asked = f"{method} http://{connection.host}:{connection.port}{path}"
-    try:
-        connection.request(method, path, body, headers)
-        with connection.getresponse() as response:
-            answer = response.read(ANSWER_LIMIT)
-        if response.length:
-            raise http.client.IncompleteRead(answer, response.length)
-        status = response.status
-        text = answer.decode("utf-8", "replace")
-        log(DEBUG, f"{asked}: status {status}: {text:.3000}")
-        if not 200 <= status < 300:
-            retry_after = response.getheader("Retry-After", "")
-            raise ProvisioningError(
-                f"{asked}: status {status} {text or response.reason:.200}",
-                status,
-                # Its other form, a date, is nothing for a clock that may not be set yet.
-                float(retry_after) if re.match(r"[0-9]{1,9}\Z", retry_after) else 0.0,
-            )
-        if len(answer) == ANSWER_LIMIT:
-            raise ProvisioningError(f"{asked}: status {status}, but an answer of {ANSWER_LIMIT} bytes or more")
-        return answer.decode("utf-8-sig")
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ProvisioningError(f"{asked}: {str(error) or type(error).__name__:.200}") from error
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> "Iterator[None]":
-    """Raise http.client.HTTPException in the body of the with statement once seconds have passed.
-
-    A socket's timeout starts anew with every byte that comes in; this one does not.
-    """
-
-    def expire(signum: int, frame: object) -> None:
-        raise http.client.HTTPException(f"no complete answer within {seconds:.3g} s")
-
-    previous = signal.signal(signal.SIGALRM, expire)
-    # Again every second, should the first exception get lost, as it does in a destructor.
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-
-
-def keep_trying(address: str, attempt: "Callable[[Connection], Answer]", budget: float) -> "Answer":
-    """Call attempt, each time with a new connection to address (HOST[:PORT]), and return what it returns.
-
-    If it fails it is called again until budget, in seconds, is spent; then the last ProvisioningError is raised. What
-    made it fail does not matter: on a network that is coming up, a refusal now is an answer in a minute.
-    """
-    deadline = time.monotonic() + budget
+    end = time.monotonic() + budget
     pause = FIRST_PAUSE
     while True:
         started = time.monotonic()
-        limit = max(0.001, min(ATTEMPT_LIMIT, deadline - started))
-        connection = Connection(address, timeout=limit)
         try:
-            with time_limit(limit):
-                return attempt(connection)
-        except (ProvisioningError, http.client.HTTPException) as error:
-            failure = error if isinstance(error, ProvisioningError) else ProvisioningError(f"{address}: {error}")
-        finally:
-            connection.close()
+            return attempt(min(started + ATTEMPT_LIMIT, end))
+        except ProvisioningError as error:
+            failure = error
         now = time.monotonic()
-        if deadline - now <= 1:
+        latest = end - LAST_ATTEMPT
+        if now >= latest:
             raise ProvisioningError(f"{failure}; gave up after {budget:g} s", failure.status)
 
-        import random  # here, because most VMs need it never
+        import random  # here, because most VMs need it never, and it takes a tenth of what the step ready takes
 
-        gc.enable()
-
-        # Counted from the start of the attempt: a service that comes back is found within LONGEST_PAUSE, also when it
-        # takes long to fail. Never less than the first pause, so that VMs started together spread out.
-        wait = max(pause * random.uniform(0.5, 1) - (now - started), FIRST_PAUSE * random.uniform(0.5, 1))
-        wait = max(wait, min(failure.retry_after, LONGEST_RETRY_AFTER))
-        wait = min(wait, deadline - now - 1)  # one second is left for the last attempt
+        # Pauses count from the start of an attempt: a service that comes back is found within LONGEST_PAUSE, also when
+        # an attempt takes long to fail. They vary by chance, so that VMs started together spread out.
+        regular = started + pause * random.uniform(0.5, 1)
+        soonest = now + FIRST_PAUSE * random.uniform(0.5, 1)
+        told = now + min(failure.retry_after, LONGEST_RETRY_AFTER)
+        wait = min(max(regular, soonest, told), latest) - now
         log(WARNING, f"{failure}; trying again in {wait:.1f} s")
         time.sleep(wait)
         pause = min(pause * 2, LONGEST_PAUSE)
+
+
+# Transport: one request over one connection. http.client is not used: it knows no deadline, takes the end of the stream
+# for the end of the headers, and has the email package parse them. https://www.rfc-editor.org/rfc/rfc9112
+
+ANSWER_LIMIT = 1 << 20  # bytes of an answer, headers and all; the longest real one has some 4 KiB
+HEADERS_LIMIT = 1 << 16
+
+
+def exchange(
+    address: str, deadline: float, method: str, path: str, headers: "Dict[str, str]", body: bytes = b""
+) -> str:
+    """Send one request to address (HOST[:PORT]) and return the text of the answer.
+
+    Redirects are not followed and proxies not used. Raises ProvisioningError if there is no complete answer when
+    time.monotonic() is deadline, if its status is not 2xx, or if it is longer than ANSWER_LIMIT or not UTF-8.
+    """
+    asked = f"{method} http://{address}{path}"
+    host, _, port = address.partition(":")
+    lines = [f"{method} {path} HTTP/1.1", f"Host: {address}", "Connection: close", f"Content-Length: {len(body)}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    request = "\r\n".join([*lines, "\r\n"]).encode("ascii") + body
+    limit = deadline - time.monotonic()
+    answer = None
+    received = b""
+    try:
+        with socket.socket() as connection:
+            connection.settimeout(seconds_until(deadline))
+            connection.connect((host, int(port or 80)))
+            connection.settimeout(seconds_until(deadline))
+            connection.sendall(request)
+            while answer is None:
+                connection.settimeout(seconds_until(deadline))
+                piece = connection.recv(1 << 16)
+                received += piece
+                if len(received) > ANSWER_LIMIT:
+                    raise ValueError(f"an answer of more than {ANSWER_LIMIT} bytes")
+                answer = parse_answer(received, ended=not piece)
+        status, reason, retry_after, content = answer
+        text = content.decode("utf-8-sig", "strict" if 200 <= status < 300 else "replace")
+    except socket.timeout as error:
+        raise ProvisioningError(f"{asked}: no complete answer within {max(limit, 0):.2g} s") from error
+    except (OSError, ValueError) as error:
+        raise ProvisioningError(f"{asked}: {error!s:.200}") from error
+    log(DEBUG, f"{asked}: status {status}: {text:.3000}")
+    if not 200 <= status < 300:
+        # The errors of the WireServer are pages of HTML.
+        told = " ".join(re.sub("<[^<>]*>", " ", text[:1000]).split()) or reason
+        raise ProvisioningError(f"{asked}: status {status} {told:.200}", status, retry_after)
+    return text
+
+
+def seconds_until(deadline: float) -> float:
+    """Return the seconds until time.monotonic() is deadline. Raises socket.timeout if it is."""
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise socket.timeout
+    return seconds
+
+
+def parse_answer(received: bytes, ended: bool) -> "Optional[Tuple[int, str, float, bytes]]":
+    """Return status, reason, seconds of Retry-After and body of the HTTP answer received; None while it is incomplete.
+
+    ended says that nothing more will come. Raises ValueError if this is not, or will not become, an HTTP answer.
+    """
+    head, separator, rest = received.partition(b"\r\n\r\n")
+    if len(head) > HEADERS_LIMIT:
+        raise ValueError(f"headers of more than {HEADERS_LIMIT} bytes")
+    if not separator:
+        if ended:
+            raise ValueError("the answer ends before its body" if received else "the connection ended, no answer")
+        return None
+    status_line, *lines = head.decode("latin-1").split("\r\n")
+    found = re.match(r"HTTP/1\.[01] ([1-9][0-9][0-9])(?: (.*))?\Z", status_line)
+    if not found:
+        raise ValueError(f"not an HTTP answer: {status_line!r:.80}")
+    status = int(found.group(1))
+    fields: Dict[str, List[str]] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not re.match(r"[!#-'*+.^-z|~0-9A-Z-]+\Z", name):
+            raise ValueError(f"not a header: {line!r:.80}")
+        fields.setdefault(name.lower(), []).append(value.strip(" \t"))
+    lengths = fields.get("content-length", [])
+    body: Optional[bytes] = rest
+    if "transfer-encoding" in fields:
+        if lengths or [coding.lower() for coding in fields["transfer-encoding"]] != ["chunked"]:
+            raise ValueError(f"contradictory headers: {fields!s:.100}")
+        body = join_chunks(rest)
+    elif lengths:
+        if len(set(lengths)) > 1 or not re.match(r"[0-9]{1,15}\Z", lengths[0]):
+            raise ValueError(f"not a length: {lengths!s:.80}")
+        body = rest[: int(lengths[0])] if len(rest) >= int(lengths[0]) else None
+    elif status == 204:
+        body = b""
+    elif not ended:
+        body = None
+    if body is None:
+        if ended:
+            raise ValueError(f"the answer ends in its body, after {len(rest)} bytes")
+        return None
+    # Its other form, a date, is nothing for a clock that may not be set yet.
+    pauses = [float(value) for value in fields.get("retry-after", []) if re.match(r"[0-9]{1,9}\Z", value)]
+    return status, found.group(2) or "", max(pauses, default=0.0), body
+
+
+def join_chunks(data: bytes) -> "Optional[bytes]":
+    """Return the body that data holds in chunks, None while the last is missing. Raises ValueError if one is none."""
+    body: List[bytes] = []
+    position = 0
+    while True:
+        end = data.find(b"\r\n", position)
+        if end < 0:
+            return None
+        size = re.match(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?\Z", data[position:end])
+        if not size:
+            raise ValueError(f"not a chunk: {data[position:end]!r:.80}")
+        length = int(size.group(1), 16)
+        if length == 0:  # fields may follow it, and an empty line does
+            return b"".join(body) if data.find(b"\r\n\r\n", end) >= 0 else None
+        start, position = end + 2, end + 2 + length
+        after = data[position : position + 2]
+        if not b"\r\n".startswith(after):
+            raise ValueError("a chunk is longer than it says")
+        if len(after) < 2:
+            return None
+        body.append(data[start:position])
+        position += 2
 
 
 # WireServer: the goal state names this VM, the health report says how it is.
@@ -202,18 +261,20 @@ WIRESERVER_HEADERS = {"x-ms-version": "2012-11-30", "x-ms-agent-name": "azure-pr
 DESCRIPTION_LIMIT = 512  # characters
 
 
-def fetch_goal_state(connection: Connection) -> "Dict[str, str]":
+def fetch_goal_state(address: str, deadline: float) -> "Dict[str, str]":
     """Return ContainerId, InstanceId and Incarnation of the WireServer's goal state.
 
     Raises ProvisioningError if there is no answer, or if it is not a goal state with all three.
     """
-    text = request(connection, "GET", "/machine?comp=goalstate", WIRESERVER_HEADERS)
-    if "<!DOCTYPE" in text:  # entities that multiply: looked for in the text, not by the parser that would expand them
-        raise ProvisioningError(f"the goal state of {connection.host} has a DOCTYPE: refused")
+    text = exchange(address, deadline, "GET", "/machine?comp=goalstate", WIRESERVER_HEADERS)
+    # Entities that multiply are looked for in the text, not by the parser that would expand them. To it a NUL means
+    # UTF-16, whatever encoding it is told, and the declaration would be other bytes.
+    if "<!DOCTYPE" in text or "\0" in text:
+        raise ProvisioningError(f"the goal state of {address} has a DOCTYPE or a NUL: refused")
     try:
         root = ElementTree.fromstring(text)
-    except ElementTree.ParseError as error:
-        raise ProvisioningError(f"the goal state of {connection.host} is not XML: {error}") from error
+    except (ElementTree.ParseError, ValueError) as error:
+        raise ProvisioningError(f"the goal state of {address} is not XML: {error!s:.200}") from error
     goal_state = {
         "Incarnation": root.findtext("Incarnation", "").strip(),
         "ContainerId": root.findtext("Container/ContainerId", "").strip(),
@@ -221,7 +282,7 @@ def fetch_goal_state(connection: Connection) -> "Dict[str, str]":
     }
     missing = [name for name, value in goal_state.items() if not value]
     if missing:
-        raise ProvisioningError("the goal state of {} has no {}".format(connection.host, ", ".join(missing)))
+        raise ProvisioningError("the goal state of {} has no {}".format(address, ", ".join(missing)))
     return goal_state
 
 
@@ -244,57 +305,76 @@ def health_report(goal_state: "Dict[str, str]", failure: "Optional[str]" = None)
     return ElementTree.tostring(health, encoding="utf-8")  # type: ignore[no-any-return]
 
 
-def report_health(connection: Connection, failure: "Optional[str]" = None, dry_run: bool = False) -> None:
+def report_health(address: str, deadline: float, failure: "Optional[str]" = None, dry_run: bool = False) -> None:
     """Fetch the goal state and report Ready for it, or NotReady with the failure as its description.
 
-    Both are one attempt, for the platform ignores a report on another incarnation than the current one, and answers 410
-    once the VM's container has moved. Raises ProvisioningError if either fails.
+    Both are one attempt, for a report for another incarnation than the current one, or for another container, is
+    answered 410: https://github.com/coreos/afterburn/issues/461. Raises ProvisioningError if either fails.
     """
-    goal_state = fetch_goal_state(connection)
+    goal_state = fetch_goal_state(address, deadline)
     report = health_report(goal_state, failure)
     if dry_run:
-        log(INFO, f"would report to {connection.host}: {report.decode()}")
+        log(INFO, f"would report to {address}: {report.decode()}")
         return
     headers = dict(WIRESERVER_HEADERS, **{"Content-Type": "text/xml;charset=utf-8"})
-    request(connection, "POST", "/machine?comp=health", headers, report)
+    exchange(address, deadline, "POST", "/machine?comp=health", headers, report)
     state = "Ready" if failure is None else "NotReady"
-    log(INFO, "reported {} to {}, incarnation {}".format(state, connection.host, goal_state["Incarnation"]))
+    log(INFO, "reported {} to {}, incarnation {}".format(state, address, goal_state["Incarnation"]))
 
 
-# IMDS: the name that the VM was created with.
+# IMDS: what the VM was created with.
 
-NAME_LIMIT = 255  # characters; no name in Azure is as long
-
-
-def ask_imds(connection: Connection, leaf: str, version: str) -> str:
-    """Return the value of leaf, an element of /metadata/instance. Raises ProvisioningError as request() does."""
-    path = f"/metadata/instance/{leaf}?api-version={version}&format=text"
-    return request(connection, "GET", path, {"Metadata": "true"}).strip()
+# extended=true: the service fails rather than answer with the part of the document that it has so far, see
+# https://github.com/Azure/azure-init/issues/134
+INSTANCE = "/metadata/instance?api-version=2021-08-01&extended=true"
+OLD_NAME = "/metadata/instance/compute/name?api-version=2019-06-01&format=text"  # as the documentation's sample asks
+OLD_IMDS_AFTER = 10.0  # seconds in which nothing but 400 came back: this IMDS does not know INSTANCE (Azure Stack Hub)
 
 
-def fetch_host_name(connection: Connection) -> str:
-    """Return the VM's computer name, or the name of the VM resource where it has none, as IMDS has it.
+class Instance:
+    """What the IMDS document says of this VM, checked only for its types but for host_name, which is one.
 
-    VMs made from specialized disks have no computer name, and the IMDS of an Azure Stack Hub knows older versions only.
-    Raises ProvisioningError if neither question is answered.
+    public_keys are the texts that were given as SSH keys; passwords_disabled says that the VM is to be entered by key.
     """
+
+    def __init__(
+        self,
+        host_name: str,
+        admin_username: str = "",
+        public_keys: "Sequence[str]" = (),
+        passwords_disabled: bool = False,
+    ) -> None:
+        self.host_name = host_name
+        self.admin_username = admin_username
+        self.public_keys = public_keys
+        self.passwords_disabled = passwords_disabled
+
+
+def parse_instance(text: str) -> Instance:
+    """Return what the IMDS document text says. Raises ValueError if it is none, or one without a usable name.
+
+    VMs made from specialized disks have no computer name, and are called after the VM resource.
+    """
+    import json  # here, because a VM that only reports Ready does without: a tenth of what that step takes
+
     try:
-        name = ask_imds(connection, "compute/osProfile/computerName", "2021-02-01")
-    except ProvisioningError as error:
-        if error.status not in (400, 404):  # version unknown, no such element
-            raise
-        name = ""
-    name = name or ask_imds(connection, "compute/name", "2019-06-01")
-    if not name or len(name) > NAME_LIMIT:
-        raise ProvisioningError(f"{connection.host} gave a name of {len(name)} characters")
-    return name
-
-
-# The host name, here and in the files that repeat it.
-
-ETC_HOSTNAME = "/etc/hostname"
-ETC_HOSTS = "/etc/hosts"
-COMMAND_LIMIT = 15.0  # seconds
+        compute = json.loads(text, parse_int=float)["compute"]  # int() of a million digits would take seconds
+        os_profile = compute.get("osProfile") or {}
+        computer_name, resource_name = (os_profile.get("computerName") or "").strip(), compute["name"].strip()
+        admin_username = os_profile.get("adminUsername") or ""
+        public_keys = [key["keyData"] for key in compute.get("publicKeys") or []]
+        passwords_disabled = str(os_profile.get("disablePasswordAuthentication")).lower() == "true"
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not an instance document: {type(error).__name__} {error!s:.100}") from error
+    for value in [admin_username, *public_keys]:
+        if not isinstance(value, str):
+            raise ValueError(f"not an instance document: {value!r:.80} is no text")
+    if not resource_name:
+        raise ValueError("not an instance document: it has no name")
+    host_name = valid_host_name(computer_name or resource_name)
+    if not host_name:
+        raise ValueError(f"nothing of {computer_name or resource_name!r:.80} can be a host name")
+    return Instance(host_name, admin_username, public_keys, passwords_disabled)
 
 
 def valid_host_name(name: str) -> str:
@@ -303,7 +383,58 @@ def valid_host_name(name: str) -> str:
     VM resources may be called web_01, hosts may not.
     """
     labels = re.sub("[^A-Za-z0-9.-]", "-", name)[:64].split(".")
-    return ".".join(filter(None, (label.strip("-") for label in labels)))
+    return ".".join(filter(None, (label.strip("-")[:63].rstrip("-") for label in labels)))
+
+
+class InstanceMetadata:
+    """IMDS at address (HOST[:PORT]), asked for budget seconds at most, and once only: see get()."""
+
+    def __init__(self, address: str, budget: float) -> None:
+        self.address = address
+        self.budget = budget
+        self.refusing_since: Optional[float] = None
+        self.instance: Optional[Instance] = None
+        self.failure: Optional[ProvisioningError] = None
+
+    def get(self) -> Instance:
+        """Return what IMDS says of this VM. Raises ProvisioningError if it says nothing, and then always the same."""
+        if self.failure:
+            raise self.failure
+        if not self.instance:
+            try:
+                self.instance = keep_trying(self.attempt, self.budget)
+            except ProvisioningError as error:
+                self.failure = error
+                raise
+        return self.instance
+
+    def attempt(self, deadline: float) -> Instance:
+        """Ask for the instance document, or, of an old IMDS, for the name alone. Raises ProvisioningError."""
+        headers = {"Metadata": "true"}
+        try:
+            text = exchange(self.address, deadline, "GET", INSTANCE, headers)
+            self.refusing_since = None
+        except ProvisioningError as error:
+            if error.status != 400:
+                self.refusing_since = None
+                raise
+            self.refusing_since = self.refusing_since or time.monotonic()
+            if time.monotonic() - self.refusing_since < OLD_IMDS_AFTER:
+                raise
+            name = exchange(self.address, deadline, "GET", OLD_NAME, headers).strip()
+            if not re.match(r"[A-Za-z0-9_.-]+\Z", name) or not valid_host_name(name):
+                raise ProvisioningError(f"GET http://{self.address}{OLD_NAME}: not a name: {name!r:.80}") from error
+            return Instance(valid_host_name(name))
+        try:
+            return parse_instance(text)
+        except ValueError as error:
+            raise ProvisioningError(f"GET http://{self.address}{INSTANCE}: {error}") from error
+
+
+# The machine: its files and its programs.
+
+COMMAND_LIMIT = 15.0  # seconds
+SELINUX_LABEL = "security.selinux"
 
 
 def run(*command: str) -> None:
@@ -325,7 +456,10 @@ def run(*command: str) -> None:
 def read_file(path: str) -> str:
     """Return the text in path, '' if there is no such file. Raises ProvisioningError if it cannot be read."""
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would keep us waiting for its other end
+        with open(descriptor, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError("not a regular file")
             return file.read()
     except FileNotFoundError:
         return ""
@@ -333,29 +467,62 @@ def read_file(path: str) -> str:
         raise ProvisioningError(f"read {path}: {error}") from error
 
 
-def replace_file(path: str, text: str) -> None:
-    """Make text the content of path at once: no crash leaves a part of it. Raises ProvisioningError if it cannot be."""
+def replace_file(path: str, text: str, mode: int = 0o644) -> None:
+    """Make text the content of path, at once and for good: no power cut leaves a part of it, or the old one later.
+
+    Symbolic links in path are followed. Raises ProvisioningError if it cannot be written.
+    """
     path = os.path.realpath(path)
+    is_new = not os.path.exists(path)
     temporary = path + ".azure-provisioning"
+    while os.path.isdir(temporary):
+        temporary += "~"
     try:
-        with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            os.fchmod(file.fileno(), 0o644)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)  # a power cut left it
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with open(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            os.fchmod(descriptor, mode)
             with contextlib.suppress(OSError):  # no such file yet, or no labels here
-                label = os.getxattr(path, "security.selinux")  # which a rename does not bring along
-                os.setxattr(temporary, "security.selinux", label)
+                os.setxattr(descriptor, SELINUX_LABEL, os.getxattr(path, SELINUX_LABEL))  # which a rename leaves behind
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(descriptor)
         os.rename(temporary, path)
+        directory = os.open(os.path.dirname(path), os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
     except OSError as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise ProvisioningError(f"write {path}: {error}") from error
+    if is_new:
+        restore_label(path)
+
+
+def restore_label(path: str) -> None:
+    """Give path, and what is below it, the labels that it should have by SELinux's policy, where there is one."""
+    if os.path.exists("/sys/fs/selinux/enforce"):
+        try:
+            run("restorecon", "-R", path)
+        except ProvisioningError as error:
+            log(WARNING, f"{error}; SELinux may keep others from {path}")
+
+
+# The host name, here and in the files that repeat it.
+
+ETC_HOSTNAME = "/etc/hostname"
+ETC_HOSTS = "/etc/hosts"
 
 
 def host_name_is(name: str) -> bool:
     """Whether the kernel and ETC_HOSTNAME both have name."""
-    return os.uname().nodename == name and read_file(ETC_HOSTNAME).strip() == name
+    try:
+        return os.uname().nodename == name and read_file(ETC_HOSTNAME).strip() == name
+    except ProvisioningError:  # no file, but a FIFO, say: it will be replaced
+        return False
 
 
 def set_host_name(name: str) -> None:
@@ -385,22 +552,143 @@ def rename_in_hosts(text: str, name: str) -> str:
     Debian's installer writes such a line: https://www.debian.org/doc/manuals/debian-reference/ch05#_the_hostname_resolution
     The host keeps its domain, and other names on that line stay.
     """
+    return "\n".join(rename_in_line(line, name) for line in text.split("\n"))
 
-    def rename(line: "re.Match[str]") -> str:
-        names = line.group(2)
-        if name in names.split():
-            return line.group()
-        old = re.escape(re.split(r"[.\s]", names)[0])
-        return line.group(1) + re.sub(
-            rf"(?<!\S){old}(\.\S+)?(?!\S)",
-            lambda found: name if "." in name else name + (found.group(1) or ""),
-            names,
-        )
 
-    return re.sub(r"(?m)^([ \t]*127\.0\.1\.1[ \t]+)([^\s#][^\r\n#]*)", rename, text)
+def rename_in_line(line: str, name: str) -> str:
+    """Return line, one of ETC_HOSTS, with its host renamed to name if it is the line of 127.0.1.1."""
+    entry, mark, comment = line.partition("#")
+    words = re.split(r"(\s+)", entry)  # every second one is the space between two
+    address, *names = [word for word in words[::2] if word] or [""]
+    old = names[0].partition(".")[0] if names else ""
+    if address != "127.0.1.1" or not old or name in names:
+        return line
+    for index, word in enumerate(words):
+        host, dot, domain = word.partition(".")
+        if host == old:
+            words[index] = name if "." in name else name + dot + domain
+    return "".join(words) + mark + comment
+
+
+def update_hosts(name: str, dry_run: bool = False) -> None:
+    """Rename the host in ETC_HOSTS to name. Raises ProvisioningError if that cannot be read or written."""
+    hosts = read_file(ETC_HOSTS)
+    renamed = rename_in_hosts(hosts, name)
+    if renamed == hosts:
+        return
+    if dry_run:
+        log(INFO, f"would rename 127.0.1.1 in {ETC_HOSTS} to {name}")
+        return
+    replace_file(ETC_HOSTS, renamed)
+    log(INFO, f"renamed 127.0.1.1 in {ETC_HOSTS} to {name}")
 
 
 # The lease: the virtual network's DNS learns the name from a DHCP client that asks again, and leases there never end.
+
+
+class Renewal:
+    """How a DHCP client is made to ask again: the call that does it, how that is told, and the file that shows it.
+
+    The call raises ProvisioningError. lease is the file that the client rewrites then, '' if the call waits for that.
+    """
+
+    def __init__(self, ask: "Callable[[], None]", told: str, lease: str = "") -> None:
+        self.ask = ask
+        self.told = told
+        self.lease = lease
+
+
+def renewal_by(*command: str, lease: str = "") -> Renewal:
+    """Return the Renewal that is done by running command."""
+    return Renewal(functools.partial(run, *command), " ".join(command), lease)
+
+
+# Each client below looks whether interface has its lease from it, and returns how to renew that, else None.
+
+
+def networkd(interface: str) -> "Optional[Renewal]":
+    """systemd-networkd, by a command of systemd 244 and later: `networkctl renew` does not send the name."""
+    lease = f"/run/systemd/netif/leases/{socket.if_nametoindex(interface)}"
+    if not os.path.exists(lease):
+        return None
+    return renewal_by("networkctl", "reconfigure", interface, lease=lease)
+
+
+def network_manager(interface: str) -> "Optional[Renewal]":
+    """NetworkManager: `nmcli device reapply` does not send the name. A lease from the initrd's is in /run."""
+    device = read_file(f"/run/NetworkManager/devices/{socket.if_nametoindex(interface)}")
+    connection = re.search("(?m)^connection-uuid=(.+)", device)
+    leases = [
+        file for directory in NETWORK_MANAGER_LEASES if os.path.isdir(directory) for file in os.listdir(directory)
+    ]
+    if not connection or not any(file.endswith(f"{connection.group(1)}-{interface}.lease") for file in leases):
+        return None
+    return renewal_by("nmcli", "--wait", f"{COMMAND_LIMIT:.0f}", "device", "connect", interface)
+
+
+NETWORK_MANAGER_LEASES = ("/var/lib/NetworkManager", "/run/NetworkManager")
+
+
+def ifupdown(interface: str) -> "Optional[Renewal]":
+    """ifupdown with dhclient: one that we started by ifup would die with our unit."""
+    if not os.path.exists(f"/run/network/ifstate.{interface}") or not os.path.exists(f"/run/dhclient.{interface}.pid"):
+        return None
+    return renewal_by("systemctl", "restart", "networking.service")
+
+
+def dhcpcd(interface: str) -> "Optional[Renewal]":
+    """dhcpcd, by its socket: `dhcpcd -N` would have to signal a process of another user, which our unit may not.
+
+    Raises ProvisioningError if it does not send the host name: Debian 12's default.
+    """
+    lease = f"/var/lib/dhcpcd/{interface}.lease"
+    for prefix in (f"/run/dhcpcd/{interface}.", "/run/dhcpcd/"):  # one for this interface, or one for all
+        pid = read_file(prefix + "pid").strip()
+        if pid and read_file(f"/proc/{pid}/comm").strip() == "dhcpcd":
+            if not dhcpcd_sends_name(read_file("/etc/dhcpcd.conf"), interface):
+                raise ProvisioningError("dhcpcd sends no host name, for want of a line hostname in /etc/dhcpcd.conf")
+            ask = functools.partial(ask_dhcpcd, prefix + "sock", interface)
+            return Renewal(ask, f"dhcpcd -N {interface}", lease)
+    return None
+
+
+def dhcpcd_sends_name(configuration: str, interface: str) -> bool:
+    """Whether a dhcpcd with this dhcpcd.conf(5) sends the host name, whatever it is, on interface."""
+    block = interface  # all of them, until the first block
+    for line in configuration.splitlines():
+        words = line.partition("#")[0].split()
+        if words[:1] in (["interface"], ["ssid"], ["profile"]):
+            block = words[-1] if words[0] == "interface" else ""
+        elif words == ["hostname"] and block == interface:
+            return True
+    return False
+
+
+def ask_dhcpcd(path: str, interface: str) -> None:
+    """Have the dhcpcd at the socket path renew the lease of interface; it does not answer. Raises ProvisioningError."""
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(COMMAND_LIMIT)
+            connection.connect(path)
+            connection.sendall(f"dhcpcd\0-N\0{interface}\0".encode())
+    except OSError as error:
+        raise ProvisioningError(f"ask {path} to renew {interface}: {error}") from error
+
+
+DHCP_CLIENTS = (networkd, network_manager, ifupdown, dhcpcd)
+
+
+def find_renewal(interface: str) -> "Optional[Renewal]":
+    """Return how the lease of interface is renewed, None if no client known here has one for it.
+
+    Raises ProvisioningError if one has it, but will not send the name.
+    """
+    for client in DHCP_CLIENTS:
+        with contextlib.suppress(OSError):  # the interface went away, say
+            renewal = client(interface)
+            if renewal:
+                return renewal
+    return None
 
 
 def default_interface() -> str:
@@ -413,37 +701,14 @@ def default_interface() -> str:
     return min(defaults)[1] if defaults else ""
 
 
-def source_address() -> str:
-    """Return the address from which this machine would speak to the WireServer, '' if it could not. Sends nothing."""
+def is_connected() -> bool:
+    """Whether there are a default route and an address from which to speak to the WireServer. Sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((WIRESERVER, 80))
-            return str(probe.getsockname()[0])
         except OSError:
-            return ""
-
-
-def find_renewal(interface: str) -> "Tuple[Tuple[str, ...], str]":
-    """Return the command by which the DHCP client of interface asks again, and the lease file it will then rewrite.
-
-    The file is '' where the command waits for the lease itself; the command is () if no client known here has a lease.
-    Less would not send the name (networkctl renew, nmcli device reapply); an ifup's dhclient would die with our unit.
-    """
-    try:
-        index = socket.if_nametoindex(interface)
-        lease = f"/run/systemd/netif/leases/{index}"
-        if os.path.exists(lease):
-            return ("networkctl", "reconfigure", interface), lease
-        connection = re.search("(?m)^connection-uuid=(.+)", read_file(f"/run/NetworkManager/devices/{index}"))
-        if connection:
-            name = f"{connection.group(1)}-{interface}.lease"
-            if any(file.endswith(name) for file in os.listdir("/var/lib/NetworkManager")):
-                return ("nmcli", "--wait", f"{COMMAND_LIMIT:.0f}", "device", "connect", interface), ""
-        if os.path.exists(f"/run/network/ifstate.{interface}") and os.path.exists(f"/run/dhclient.{interface}.pid"):
-            return ("systemctl", "restart", "networking.service"), ""
-    except (OSError, ProvisioningError):  # the interface went away, say
-        pass
-    return (), ""
+            return False
+    return bool(default_interface())
 
 
 def modified(path: str) -> int:
@@ -454,6 +719,15 @@ def modified(path: str) -> int:
         return 0
 
 
+def wait_until(condition: "Callable[[], bool]", deadline: float) -> bool:
+    """Return True once condition() does, False if it does not until time.monotonic() is deadline."""
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
 def publish_host_name(name: str, dry_run: bool = False) -> None:
     """Have the DHCP client of the default route send name to the virtual network's DNS, and wait for the lease.
 
@@ -462,92 +736,85 @@ def publish_host_name(name: str, dry_run: bool = False) -> None:
     """
     by_hand = f"for other machines to resolve {name}, restart the DHCP client, or reboot"
     interface = default_interface()
-    command, lease = find_renewal(interface)
-    asked = " ".join(command)
-    if not command:
-        log(WARNING, f"found no DHCP lease to renew on {interface or 'a default route'}; {by_hand}")
+    try:
+        renewal = find_renewal(interface)
+        if not renewal:
+            raise ProvisioningError(f"found no DHCP lease to renew on {interface or 'a default route'}")
+    except ProvisioningError as error:
+        log(WARNING, f"{error}; {by_hand}")
         return
     if dry_run:
-        log(INFO, f"would run {asked}")
+        log(INFO, f"would publish {name} by {renewal.told}")
         return
     started = time.monotonic()
-    written = modified(lease)
-    failure = ""
+    deadline = started + COMMAND_LIMIT
+    written = modified(renewal.lease)
+    trouble = ""
     try:
-        run(*command)
+        renewal.ask()
+        if renewal.lease and not wait_until(lambda: modified(renewal.lease) not in (0, written), deadline):
+            trouble = f"{renewal.told}: no new lease"
     except ProvisioningError as error:
-        failure = str(error)
-    while True:
-        connected = default_interface() and source_address()
-        renewed = not lease or modified(lease) not in (0, written)
-        if (connected and (renewed or failure)) or time.monotonic() - started > COMMAND_LIMIT:
-            break
-        time.sleep(0.01)
-    if not connected:
-        log(ERROR, f"{interface} has no address or no default route since {asked}; {failure or by_hand}")
-    elif failure or not renewed:
-        log(WARNING, f"{failure or asked + ': no new lease'}; {by_hand}")
+        trouble = str(error)
+    if not wait_until(is_connected, deadline):
+        log(ERROR, f"{interface} has no address or no default route since {renewal.told}; {trouble or by_hand}")
+    elif trouble:
+        log(WARNING, f"{trouble}; {by_hand}")
     else:
-        log(INFO, f"published {name} by {asked}, after {time.monotonic() - started:.1f} s")
+        log(INFO, f"published {name} by {renewal.told}, after {time.monotonic() - started:.1f} s")
 
 
 # The steps, in the order in which a VM lives them, and the command line.
 
 
 class Options:
-    """The command line; the values here are those of a run without arguments, as systemd runs it."""
+    """The command line; the values here are those of a run without arguments."""
 
-    steps: "Sequence[str]" = ()
+    steps: "Sequence[str]" = ("hostname", "ready")
     dry_run = False
     verbose = False
     fail: "Optional[str]" = None
     wireserver = WIRESERVER
     imds = IMDS
-    timeout: "Optional[float]" = None
+    wireserver_budget = WIRESERVER_BUDGET
+    imds_budget = IMDS_BUDGET
 
 
-def hostname_step(options: Options) -> None:
+def hostname_step(options: Options, metadata: InstanceMetadata) -> None:
     """Give the VM the name it was created with. Raises ProvisioningError."""
-    answer = keep_trying(options.imds, fetch_host_name, options.timeout or IMDS_BUDGET)
-    name = valid_host_name(answer)
-    if not name:
-        raise ProvisioningError(f"nothing of {answer!r} can be a host name")
-    old_name = os.uname().nodename
-    hosts = read_file(ETC_HOSTS)
-    wanted_hosts = rename_in_hosts(hosts, name)
+    name = metadata.get().host_name
     if host_name_is(name):
         log(INFO, f"the host name is {name} already")
-    elif options.dry_run:
-        log(INFO, f"would set the host name to {name}, now it is {old_name}")
-        publish_host_name(name, dry_run=True)
     else:
-        set_host_name(name)
-        log(INFO, f"set the host name to {name}, it was {old_name}")
-        publish_host_name(name)
-    if hosts != wanted_hosts and not options.dry_run:
-        replace_file(ETC_HOSTS, wanted_hosts)
-        log(INFO, f"renamed 127.0.1.1 in {ETC_HOSTS} to {name}")
+        if options.dry_run:
+            log(INFO, f"would set the host name to {name}, now it is {os.uname().nodename}")
+        else:
+            old_name = os.uname().nodename
+            set_host_name(name)
+            log(INFO, f"set the host name to {name}, it was {old_name}")
+        publish_host_name(name, options.dry_run)
+    update_hosts(name, options.dry_run)
 
 
-def ready_step(options: Options) -> None:
+def ready_step(options: Options, metadata: InstanceMetadata) -> None:
     """Report that the VM is ready, or why it is not. Raises ProvisioningError."""
 
-    def attempt(connection: Connection) -> None:
-        report_health(connection, options.fail, options.dry_run)
+    def attempt(deadline: float) -> None:
+        report_health(options.wireserver, deadline, options.fail, options.dry_run)
 
-    keep_trying(options.wireserver, attempt, options.timeout or WIRESERVER_BUDGET)
+    keep_trying(attempt, options.wireserver_budget)
 
 
-# Ready comes last, for it is a promise: who is told that the VM is ready finds it under its name.
+# Ready comes last, for it is a promise: who is told that the VM is ready finds it under its name, and can log in.
 STEPS = {"hostname": hostname_step, "ready": ready_step}
 
 
 def parse_arguments(arguments: "Sequence[str]") -> Options:
     """Return arguments as options. Exits with status 2 where they are wrong."""
-    import argparse  # here, because systemd gives no arguments
+    import argparse  # here, because systemd gives steps alone, and it takes a quarter of what the step ready takes
 
     def address(text: str) -> str:
-        match = re.match(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?\Z", text)
+        match = re.match(r"[A-Za-z0-9.-]+(?::([0-9]{1,5}))?\Z", text)
         if not match or not 0 < int(match.group(1) or 80) < 65536:
             raise argparse.ArgumentTypeError(f"{text!r} is not HOST[:PORT]")
         return text
@@ -568,8 +835,10 @@ def parse_arguments(arguments: "Sequence[str]") -> Options:
     parser.add_argument(
         "-n", "--dry-run", action="store_true", help="ask both services, but change nothing and report nothing"
     )
-    parser.add_argument("--wireserver", type=address, metavar="HOST[:PORT]", help="instead of " + WIRESERVER)
-    parser.add_argument("--imds", type=address, metavar="HOST[:PORT]", help="instead of " + IMDS)
+    parser.add_argument(
+        "--wireserver", type=address, default=WIRESERVER, metavar="HOST[:PORT]", help="instead of %(default)s"
+    )
+    parser.add_argument("--imds", type=address, default=IMDS, metavar="HOST[:PORT]", help="instead of %(default)s")
     parser.add_argument(
         "--timeout",
         type=seconds,
@@ -578,14 +847,23 @@ def parse_arguments(arguments: "Sequence[str]") -> Options:
     )
     parser.add_argument("--fail", metavar="REASON", help="report that provisioning failed, instead of running steps")
     parser.add_argument(
-        "steps", nargs="*", metavar="STEP", help="hostname or ready; both, in this order, if none is given"
+        "steps",
+        nargs="*",
+        metavar="STEP",
+        help="{}, always in this order (default: {})".format(", ".join(STEPS), " ".join(Options.steps)),
     )
-    options = parser.parse_args(arguments, namespace=Options())
-    for step in options.steps:
+    parsed = parser.parse_args(arguments)
+    for step in parsed.steps:
         if step not in STEPS:
-            parser.error("no such step: {!r} (there are {})".format(step, " and ".join(STEPS)))
-    if options.steps and options.fail is not None:
+            parser.error("no such step: {!r} (there are {})".format(step, ", ".join(STEPS)))
+    if parsed.steps and parsed.fail is not None:
         parser.error("--fail replaces the steps: name none")
+    options = Options()
+    options.dry_run, options.verbose, options.fail = parsed.dry_run, parsed.verbose, parsed.fail
+    options.wireserver, options.imds = parsed.wireserver, parsed.imds
+    options.steps = ("ready",) if parsed.fail is not None else parsed.steps or options.steps
+    if parsed.timeout:
+        options.wireserver_budget = options.imds_budget = parsed.timeout
     return options
 
 
@@ -595,21 +873,21 @@ def main(arguments: "Optional[Sequence[str]]" = None) -> int:
     A step that fails does not keep the next one from running.
     """
     global log_level
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no traceback, either
+    open_standard_streams()
     if arguments is None:
         arguments = sys.argv[1:]
     options = Options()
     if set(arguments) <= set(STEPS):
-        options.steps = arguments  # saves 5 ms: argparse is not needed for these, nor for none
+        options.steps = arguments or options.steps
     else:
         options = parse_arguments(arguments)
     log_level = DEBUG if options.verbose else INFO
-    wanted = ["ready"] if options.fail is not None else options.steps or STEPS
+    metadata = InstanceMetadata(options.imds, options.imds_budget)
     failed = 0
     for name, step in STEPS.items():
-        if name in wanted:
+        if name in options.steps:
             try:
-                step(options)
+                step(options, metadata)
             except ProvisioningError as error:
                 log(ERROR, f"{name} failed: {error}")
                 failed = 1

@@ -241,13 +241,59 @@ class HostnamectlTest(SandboxCase):
         self.assertNotIn("Traceback", result.stderr)
 
 
+class DiskTest(SandboxCase):
+    """What stands where a file should, or where one is to be written, hinders nothing for long and leads nowhere."""
+
+    def vm_after(self, preparation: str, check: str = "", **more: Any) -> Result:
+        """Run the script after a preparation in the VM's /etc, and then a check, whose failure is status 99."""
+        code = f'cd /etc && {preparation} && {{ s=0; "$@" || s=$?; {check or ":"} || exit 99; exit $s; }}'
+        return self.vm_command("sh", "-euc", code, "sh", *SCRIPT, **more)
+
+    def test_a_fifo_in_place_of_etc_hosts_is_an_error_and_ready_is_reported(self) -> None:
+        result = self.vm_after("rm hosts && mkfifo hosts", "[ -p hosts ] && rm hosts")
+        self.assertEqual(result.status, 1, result)
+        self.check_ready(result)
+        self.assertIn("hostname failed: read /etc/hosts: not a regular file\n", result.stderr)
+
+    def test_a_directory_in_place_of_etc_hosts_is_an_error_and_ready_is_reported(self) -> None:
+        result = self.vm_after("rm hosts && mkdir hosts", "rmdir hosts")
+        self.assertEqual(result.status, 1, result)
+        self.check_ready(result)
+        self.assertRegex(result.stderr, "hostname failed: read /etc/hosts: .*Is a directory")
+
+    def test_a_fifo_in_place_of_etc_hostname_is_replaced(self) -> None:
+        result = self.vm_after("rm hostname && mkfifo hostname")
+        self.assertEqual(result.status, 0, result)
+        self.check_ready(result)
+
+    def test_what_is_in_the_way_of_the_temporary_file_is_not_written_to(self) -> None:
+        for way in ("mkfifo", "mkdir", "ln -s /etc", "ln -s /etc/victim", "touch", "ln -s /nowhere/at/all"):
+            with self.subTest(way):
+                result = self.vm_after(f"touch victim && {way} hostname.azure-provisioning", "[ ! -s victim ]")
+                self.assertEqual(result.status, 0, result)
+                self.check_ready(result)
+
+    def test_a_symbolic_link_in_place_of_etc_hostname_stays_one(self) -> None:
+        result = self.vm_after(
+            "mkdir state && mv hostname state && ln -s state/hostname hostname",
+            "[ -L hostname ] && [ ! -L state/hostname ] && grep -qx web-01 state/hostname",
+        )
+        self.assertEqual(result.status, 0, result)
+        self.check_ready(result)
+
+    def test_files_that_are_missing_are_made_or_left_out(self) -> None:
+        result = self.vm_after("rm hostname hosts", "[ ! -e hosts ]")
+        self.assertEqual(result.status, 0, result)
+        self.check_ready(result)
+
+
 class TroubleTest(SandboxCase):
     """At the real addresses, with the real clock."""
 
     def test_no_network_is_tried_again_and_then_one_line(self) -> None:
         result = self.vm_command("sh", "-c", 'ip address flush dev lo; "$@"', "sh", *SCRIPT, "--timeout", "1.5")
         self.assertEqual(result.status, 1, result)
-        self.assertRegex(result.stderr, r"(?m)^GET http://169.254.169.254:80/.*unreachable; trying again in 0\.\d s$")
+        self.assertRegex(result.stderr, r"(?m)^GET http://169.254.169.254/.*unreachable; trying again in 0\.\d s$")
         for step in ("hostname", "ready"):
             self.assertRegex(result.stderr, rf"(?m)^{step} failed: GET http://.*unreachable; gave up after 1\.5 s$")
 
@@ -281,9 +327,7 @@ class TroubleTest(SandboxCase):
         self.assertEqual(result.status, 1, result)
         self.assertEqual([report["state"] for report in result.seen["reports"]], ["Ready"])
         self.assertEqual(result.seen["host_name"], "image")
-        self.assertRegex(
-            result.stderr, r"(?m)^hostname failed: GET http://169\.254\.169\.254:80/metadata/\S+: .*refused"
-        )
+        self.assertRegex(result.stderr, r"(?m)^hostname failed: GET http://169\.254\.169\.254/metadata/\S+: .*refused")
 
     def test_the_name_is_set_although_wireserver_is_not_there(self) -> None:
         result = self.vm("--timeout", "1", options=["--absent", "wireserver"])
@@ -323,23 +367,23 @@ class StartTest(SandboxCase):
         result = self.vm_command(sys.executable, "-v", "-IS", sandbox.SCRIPT, "ready")
         self.check_ready(result, sandbox.IMAGE_NAME)
         loaded = set(re.findall("(?m)^import '?([A-Za-z0-9_.]+)'? #", result.stderr))
-        self.assertIn("http.client", loaded)
-        idle = {"ssl", "_ssl", "datetime", "calendar", "random", "encodings.idna", "argparse", "subprocess", "typing"}
+        self.assertIn("socket", loaded)
+        idle = {"ssl", "_ssl", "datetime", "email", "http.client", "json", "random", "encodings.idna", "argparse"}
+        idle |= {"subprocess", "typing", "pwd", "grp", "fcntl", "shutil", "binascii"}
         self.assertEqual(loaded & idle, set())
 
-    def test_a_python_that_needs_more_gets_it(self) -> None:
+    def test_ctrl_c_while_it_starts_is_no_traceback(self) -> None:
         code = (
-            "import runpy, sys\n"
+            "import os, runpy, sys\n"
             "class Finder:\n"
             "    def find_spec(self, name, path=None, target=None):\n"
-            "        if name == 'email.utils' and not hasattr(sys.modules.get('random', sys), 'exit'):\n"
-            "            raise AttributeError('module random has no attribute uniform')\n"
+            "        if name == 'xml.etree.ElementTree':\n"
+            "            os.kill(os.getpid(), 2)\n"
             "sys.meta_path.insert(0, Finder()); sys.argv = sys.argv[1:]\n"
             "runpy.run_path(sys.argv[0], run_name='__main__')\n"
         )
         result = self.vm_command(sys.executable, "-IS", "-c", code, sandbox.SCRIPT)
-        self.assertEqual(result.status, 0, result)
-        self.check_ready(result)
+        self.assertEqual((result.status, result.stderr), (128 + signal.SIGINT, ""), result)
 
 
 class OutputTest(SandboxCase):
@@ -356,6 +400,14 @@ class OutputTest(SandboxCase):
                 result = self.vm_command("sh", "-c", code, "sh", *SCRIPT, script={"wireserver": [{"status": 503}]})
                 self.assertEqual(result.status, 0, result)
                 self.check_ready(result)
+
+    def test_streams_that_are_closed_are_not_taken_for_those_of_the_services(self) -> None:
+        for streams in (">&- 2>&-", "<&- >&- 2>&-", "2>&-"):
+            with self.subTest(streams):
+                result = self.vm_command("sh", "-c", f'"$@" {streams}', "sh", *SCRIPT, "-v")
+                self.assertEqual(result.status, 0, result)
+                self.check_ready(result)
+                self.assertEqual([request["outcome"] for request in result.seen["requests"]], ["200"] * 3)
 
     def test_problems_go_to_stderr_and_messages_to_stdout_one_line_each(self) -> None:
         result = self.vm(
@@ -382,9 +434,11 @@ class OutputTest(SandboxCase):
 
     def test_verbose_shows_what_the_services_answer(self) -> None:
         result = self.vm("-v")
-        self.assertRegex(result.stdout, r"(?m)^GET http://169\.254\.169\.254:80/metadata/\S+: status 200: web-01$")
         self.assertRegex(
-            result.stdout, r"(?m)^GET http://168\.63\.129\.16:80/machine\?comp=goalstate: status 200: .*<GoalState"
+            result.stdout, r"(?m)^GET http://169\.254\.169\.254/metadata/\S+: status 200: \{\"compute\": .*\"web-01\""
+        )
+        self.assertRegex(
+            result.stdout, r"(?m)^GET http://168\.63\.129\.16/machine\?comp=goalstate: status 200: .*<GoalState"
         )
 
 
