@@ -106,7 +106,7 @@ class WireServerTest(Case):
         for body in (
             "",
             "<Health>",
-            right.format(READY).replace("Health>", "Wealth>"),
+            right.format(READY).replace("<Health>", "<Wealth>", 1)[: -len("</Health>")] + "</Wealth>",
             right.format(READY).replace("Role>", "RoleInstance>"),
             right.format("<Health><State>Done</State></Health>"),
             right.format("<Health/>"),
@@ -180,15 +180,20 @@ class WireServerTest(Case):
                 self.assertEqual(status, 200)
                 document = ElementTree.fromstring(body)
                 self.assertEqual((document.tag, document.get("goalStateIncarnation")), (root, "3"))
+                self.assertEqual(ask(address, "GET", path.replace("type=", "type=no"), VERSION)[0], 404)
                 self.azure.move()
                 self.assertEqual(ask(address, "GET", path, VERSION)[0], 404)
                 self.azure.moves, self.azure.incarnation = 0, 3
 
     def test_an_error_is_a_page_of_html(self) -> None:
-        status, headers, body = ask(self.start(WIRESERVER), "GET", "/machine?comp=<b>", VERSION)
-        self.assertEqual((status, headers["server"]), (404, "Microsoft-HTTPAPI/2.0"))
+        health = "<Health><State>&lt;Done&gt;</State></Health>"
+        report = REPORT.format(incarnation=3, container_id="c", instance_id="i", health=health)
+        status, headers, body = ask(self.start(WIRESERVER), "POST", "/machine?comp=health", AGENT, report)
+        self.assertEqual((status, headers["server"]), (400, "Microsoft-HTTPAPI/2.0"))
         self.assertTrue(headers["content-type"].startswith("text/html"))
-        self.assertRegex(body, r"(?s)\A<!DOCTYPE HTML .*<TITLE>Not Found</TITLE>.*HTTP Error 404\. ")
+        self.assertTrue(body.startswith("<!DOCTYPE HTML "), body)
+        self.assertIn("<TITLE>Bad Request</TITLE>", body)
+        self.assertIn("HTTP Error 400. no such state: &lt;Done&gt;.", body)
 
     def test_it_throttles_past_so_many_requests_a_second(self) -> None:
         address = self.start(WIRESERVER, throttle=2)
