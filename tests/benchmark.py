@@ -16,12 +16,11 @@ import sys
 import time
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from tests import boot, sandbox
+from tests import boot, sandbox, vm
 from tests.fake_azure import IMDS, WIRESERVER, FakeAzure
 
 PYTHON = shutil.which("python3", path="/usr/bin") or sys.executable
 MODULE = "azure_provisioning.py ready"
-UNIT = "azure-provisioning.service"
 BARE = "python3 -I -S -c pass"
 
 # Two requests and no retries: what a shell needs for the same.
@@ -206,9 +205,9 @@ def measure_crowd(instances: int, throttle: int) -> None:
 
 def measure_boot(release: str, runs: int) -> None:
     """Print where the unit spends its time, in a booted and quiet system."""
-    lab = boot.Lab()
+    lab = vm.Lab()
     try:
-        with boot.Azure(lab) as azure, boot.Machine(lab, release) as machine, boot.explained(machine, azure):
+        with vm.Azure(lab) as azure, boot.Container(lab, release) as machine, vm.explained(machine, azure):
             azure.start_network().start()
             machine.boot(azure)
             machine.wait_until_booted()
@@ -245,7 +244,7 @@ def unit_times(journal: str) -> Sample:
     return {name: seconds * 1000 for name, seconds in times.items()}
 
 
-def start_unit(machine: boot.Machine) -> Sample:
+def start_unit(machine: boot.Container) -> Sample:
     """Start the unit once more, with the name to change, and return unit_times() and the time of each child alone."""
 
     def timed(*command: str) -> float:
@@ -254,19 +253,19 @@ def start_unit(machine: boot.Machine) -> Sample:
         return (time.monotonic() - started) * 1000
 
     def reset() -> None:
-        machine.run("sh", "-c", f"echo {boot.IMAGE_NAME} >/etc/hostname; systemctl -q enable {UNIT}; sync")
-        machine.run("hostname", boot.IMAGE_NAME)
+        machine.run("sh", "-c", f"echo {vm.IMAGE_NAME} >/etc/hostname; systemctl -q enable {vm.UNIT}; sync")
+        machine.run("hostname", vm.IMAGE_NAME)
         machine.run("systemctl", "stop", "systemd-hostnamed.service")
 
     reset()
-    whole = timed("systemctl", "start", UNIT)
+    whole = timed("systemctl", "start", vm.UNIT)
     sample = unit_times(machine.unit_journal())
     sample["`systemctl start` returns"] = whole
     empty = timed("true")
     for command in (
         ("networkctl", "reconfigure", "eth0"),
-        ("systemctl", "disable", "--no-reload", UNIT),
-        ("systemctl", "disable", UNIT),
+        ("systemctl", "disable", "--no-reload", vm.UNIT),
+        ("systemctl", "disable", vm.UNIT),
         ("hostnamectl", "set-hostname", "web-01"),
     ):
         reset()
@@ -294,7 +293,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--runs", type=int, default=21, help="how often (default: %(default)s)")
     parser.add_argument("--beside", action="append", default=[], metavar="NAME=COMMAND", help="measure this as well")
     parser.add_argument("--only", choices=("processes", "recovery", "crowd", "boot"), help="a part of it")
-    parser.add_argument("--release", default="bookworm", choices=boot.RELEASES, help="to boot (default: %(default)s)")
+    parser.add_argument("--release", default="bookworm", choices=vm.RELEASES, help="to boot (default: %(default)s)")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if not options.inside:
@@ -307,7 +306,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
             command += ["--absent", IMDS, "--absent", WIRESERVER, sys.executable, "-m", "tests.benchmark", "--inside"]
             status = subprocess.run([*command, *arguments], cwd=sandbox.REPOSITORY, check=False).returncode
         if status == 0 and options.only in (None, "boot"):
-            missing = boot.missing_tools()
+            missing = vm.missing_tools(boot.TOOLS)
             if os.geteuid() == 0 and not missing:
                 measure_boot(options.release, options.runs)
             else:

@@ -11,14 +11,14 @@ import subprocess
 import sys
 import time
 import unittest
-from typing import Any, ClassVar, Dict, List, Optional, Type
+from typing import Any, List, Optional
 
 from tests import boot, sandbox
-from tests.boot import Azure, Lab, Machine, explained, wait_for
+from tests.boot import Container
+from tests.vm import IMAGE_NAME, ROUTER, UNIT, Azure, Case, cases, explained, wait_for
 
 VARIABLE = "AZURE_PROVISIONING_BOOT"
 WANTED = os.environ.get(VARIABLE, "")
-UNIT = "azure-provisioning.service"
 
 SHORT_BUDGET = f"""[Service]
 ExecStart=
@@ -27,89 +27,22 @@ ExecStart=+/bin/systemctl disable --no-reload {UNIT}
 """
 
 
-class BootCase:
+class BootCase(Case):
     """The boots of one release; a class of each is made below."""
 
-    release = ""
-    lab: ClassVar[Lab]
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        missing = boot.missing_tools()
-        if missing or os.geteuid() != 0:
-            raise AssertionError(f"booting takes root and {', '.join(boot.TOOLS)}; missing: {missing}")
-        cls.lab = Lab()
-        try:
-            cls.lab.root(cls.release)
-        except BaseException:
-            cls.lab.close()
-            raise
-
-    @classmethod
-    def tearDownClass(cls) -> None:
-        cls.lab.close()
-
-    # What the boots below have in common.
-
-    def check(self, machine: Machine, **wanted: Any) -> None:
-        """Compare what the machine is with what it should be, all at once."""
-        found: Dict[str, Any] = {
-            "system": machine.wait_until_booted(),
-            "unit": machine.run("systemctl", "is-enabled", UNIT).strip(),
-            "result": machine.show("Result"),
-            "host_name": machine.run("uname", "-n").strip(),
-            "etc_hostname": machine.read("etc/hostname").strip(),
-            "left_in_cgroup": [name for name, groups in machine.processes() if "/" + UNIT in groups],
-        }
-        expected = dict({"left_in_cgroup": []}, **wanted)
-        test: Any = self
-        test.assertEqual({key: found[key] for key in expected}, expected)
-
-    def check_provisioned(self, machine: Machine, azure: Azure, name: str = "web-01", reports: int = 1) -> None:
-        """Ready was accepted once, and the machine is named, disarmed and well."""
-        self.check(machine, system="running", unit="disabled", result="success", host_name=name, etc_hostname=name)
-        test: Any = self
-        test.assertEqual([report["state"] for report in azure.reports()], ["Ready"] * reports)
-        test.assertIn(f"127.0.1.1 {name}\n", machine.read("etc/hosts"))
+    vm = Container
+    tools = boot.TOOLS
 
     def first_boot(self, client: str) -> None:
         """Everything about the first boot of a VM with this DHCP client, and about the second."""
         test: Any = self
-        with Azure(self.lab) as azure, Machine(self.lab, self.release, client) as machine, explained(machine, azure):
+        with Azure(self.lab) as azure, Container(self.lab, self.release, client) as machine, explained(machine, azure):
             azure.start_network().start()
             machine.boot(azure)
             self.check_provisioned(machine, azure)
-            # The network knows the name: one lease, and the same address as under the image's name.
-            given = [line.split() for line in azure.text(azure.dhcp_log).splitlines() if " DHCPACK(azure0) " in line]
-            addresses = [line[line.index("DHCPACK(azure0)") + 1] for line in given]
-            names = [line[-1] for line in given]
-            test.assertEqual((names[0], names[-1]), (boot.IMAGE_NAME, "web-01"), given)
-            test.assertEqual(len(set(addresses)), 1, given)
-            test.assertEqual(azure.leases(), {addresses[0]: "web-01"})
-            test.assertEqual(azure.resolve("web-01"), addresses[0])
-            test.assertEqual(azure.resolve(boot.IMAGE_NAME), "")
-            test.assertEqual(machine.addresses(), [addresses[0]])
+            self.check_published(machine, azure)
             test.assertEqual([name for name, _ in machine.processes()].count("dhclient"), int(client == "ifupdown"))
-            # The steps came in their order, on the console too.
-            journal = machine.unit_journal()
-            said = [
-                f"set the host name to web-01, it was {boot.IMAGE_NAME}",
-                "published web-01 by ",
-                "reported Ready to 168.63.129.16",
-            ]
-            test.assertRegex(journal, "(?s)" + ".*".join(map(re.escape, said)))
-            for line in said:
-                test.assertIn(line, machine.console_text())
-            published = re.search(r"published web-01 by (.*), after ([0-9.]+) s", journal)
-            assert published
-            how, seconds = published.groups()
-            print(f"{self.release}, {client}: the lease has the name {seconds} s after the rename, by {how}")
-            machine.power_off()
-            known = len(azure.requests())
-            machine.boot(azure)
-            self.check(machine, system="running", unit="disabled", host_name="web-01", etc_hostname="web-01")
-            test.assertEqual(azure.requests()[known:], [])
-            test.assertEqual(machine.unit_journal().count("Starting"), 0)
+            self.check_second_boot(machine, azure)
 
     def test_first_boot_with_networkd(self) -> None:
         self.first_boot("networkd")
@@ -123,7 +56,7 @@ class BootCase:
     def late(self, network: bool) -> None:
         """The network, or WireServer alone, comes 15 s late."""
         test: Any = self
-        with Azure(self.lab) as azure, Machine(self.lab, self.release) as machine, explained(machine, azure):
+        with Azure(self.lab) as azure, Container(self.lab, self.release) as machine, explained(machine, azure):
             if network:
                 azure.start()
             else:
@@ -152,7 +85,7 @@ class BootCase:
         self.late(network=True)
 
     def test_a_power_cut_while_it_waits(self) -> None:
-        with Azure(self.lab) as azure, Machine(self.lab, self.release) as machine, explained(machine, azure):
+        with Azure(self.lab) as azure, Container(self.lab, self.release) as machine, explained(machine, azure):
             azure.start_network()
             machine.boot(azure)
             wait_for("its first try", lambda: "trying again" in machine.unit_journal(), 30)
@@ -162,14 +95,14 @@ class BootCase:
             machine.boot(azure)
             self.check_provisioned(machine, azure)
 
-    def check_armed(self, machine: Machine) -> None:
+    def check_armed(self, machine: Container) -> None:
         """The unit is enabled, on the disk."""
         test: Any = self
         test.assertEqual(machine.systemctl("is-enabled", UNIT).strip(), "enabled")
 
     def test_wireserver_that_never_answers(self) -> None:
         test: Any = self
-        with Azure(self.lab) as azure, Machine(self.lab, self.release) as machine, explained(machine, azure):
+        with Azure(self.lab) as azure, Container(self.lab, self.release) as machine, explained(machine, azure):
             machine.write(f"etc/systemd/system/{UNIT}.d/budget.conf", SHORT_BUDGET)
             azure.start_network().start("wireserver")
             machine.boot(azure)
@@ -190,12 +123,12 @@ class BootCase:
 
     def test_imds_that_never_answers(self) -> None:
         test: Any = self
-        with Azure(self.lab) as azure, Machine(self.lab, self.release) as machine, explained(machine, azure):
+        with Azure(self.lab) as azure, Container(self.lab, self.release) as machine, explained(machine, azure):
             drop_in = f"etc/systemd/system/{UNIT}.d/budget.conf"
             machine.write(drop_in, SHORT_BUDGET)
             azure.start_network().start("imds")
             machine.boot(azure)
-            self.check(machine, system="degraded", unit="enabled", result="exit-code", host_name=boot.IMAGE_NAME)
+            self.check(machine, system="degraded", unit="enabled", result="exit-code", host_name=IMAGE_NAME)
             test.assertEqual([report["state"] for report in azure.reports()], ["Ready"])
             machine.power_off()
             self.check_armed(machine)
@@ -205,7 +138,7 @@ class BootCase:
 
     def image_of_an_image(self, vendor_preset: Optional[str] = None) -> None:
         """A VM is provisioned, captured as the README says, and another is made from it."""
-        with Machine(self.lab, self.release) as machine:
+        with Container(self.lab, self.release) as machine:
             if vendor_preset:
                 machine.write("usr/lib/systemd/system-preset/99-default-disable.preset", vendor_preset)
             for name in ("web-01", "web-02"):
@@ -224,7 +157,7 @@ class BootCase:
 
     def test_another_agent_is_refused(self) -> None:
         test: Any = self
-        with Machine(self.lab, self.release, install=False) as machine:
+        with Container(self.lab, self.release, install=False) as machine:
             self.lab.run(
                 "chroot", machine.root, "sh", "-c", "dpkg --unpack --force-depends /var/cache/cloud-init_*.deb"
             )
@@ -241,7 +174,7 @@ class BootCase:
 
     def test_uninstall_leaves_nothing(self) -> None:
         test: Any = self
-        with Machine(self.lab, self.release, install=False) as machine:
+        with Container(self.lab, self.release, install=False) as machine:
             before = machine.tree()
             for more in ([], ["--uninstall"]):
                 self.lab.run("sh", os.path.join(sandbox.REPOSITORY, "install.sh"), "--root", machine.root, *more)
@@ -252,12 +185,12 @@ class BootCase:
     def test_usr_is_merged_or_not(self) -> None:
         # bullseye stands for the systems where /usr is not merged: let it not become merged unnoticed.
         test: Any = self
-        with Machine(self.lab, self.release) as machine:
+        with Container(self.lab, self.release) as machine:
             test.assertEqual(os.path.islink(machine.path("bin")), self.release != "bullseye")
 
     def test_the_sandbox_of_the_unit(self) -> None:
         test: Any = self
-        with Azure(self.lab) as azure, Machine(self.lab, self.release) as machine, explained(machine, azure):
+        with Azure(self.lab) as azure, Container(self.lab, self.release) as machine, explained(machine, azure):
             azure.start_network().start()
             machine.boot(azure)
             self.check_provisioned(machine, azure)
@@ -272,8 +205,8 @@ class BootCase:
 
     def test_an_address_that_is_not_from_dhcp_is_left_alone(self) -> None:
         test: Any = self
-        with Azure(self.lab) as azure, Machine(self.lab, self.release) as machine, explained(machine, azure):
-            machine.give_address("eth0", "10.0.0.7/24", f"Gateway={boot.ROUTER}\n")
+        with Azure(self.lab) as azure, Container(self.lab, self.release) as machine, explained(machine, azure):
+            machine.give_address("eth0", "10.0.0.7/24", f"Gateway={ROUTER}\n")
             azure.start_network().start()
             machine.boot(azure)
             self.check_provisioned(machine, azure)
@@ -282,7 +215,7 @@ class BootCase:
 
     def test_no_default_route(self) -> None:
         test: Any = self
-        with Azure(self.lab) as azure, Machine(self.lab, self.release) as machine, explained(machine, azure):
+        with Azure(self.lab) as azure, Container(self.lab, self.release) as machine, explained(machine, azure):
             routes = "".join(f"[Route]\nDestination={a}\nScope=link\n" for a in sandbox.ADDRESSES.values())
             machine.give_address("eth0", "10.0.0.7/24", routes)
             azure.start_network().start()
@@ -292,7 +225,7 @@ class BootCase:
 
     def test_the_interface_with_the_default_route_is_the_one(self) -> None:
         test: Any = self
-        with Azure(self.lab) as azure, Machine(self.lab, self.release) as machine, explained(machine, azure):
+        with Azure(self.lab) as azure, Container(self.lab, self.release) as machine, explained(machine, azure):
             # A second interface that comes first by name and by number, and one that has a worse default route.
             azure.ip("link", "set", "eth0", "name", "eth7", near=True)
             azure.ip("link", "add", "eth0", "type", "veth", "peer", "name", "eth1", near=True)
@@ -318,7 +251,7 @@ class CleanlinessTest(unittest.TestCase):
 
         before = state()
         code = (
-            "from tests.boot import *; lab = Lab(); lab.root = lambda release: '/'\n"
+            "import json; from tests.vm import *; lab = Lab()\n"
             "azure = Azure(lab); azure.start_network().start()\n"
             "wait_for('DHCP', lambda: 'IP range' in azure.text(azure.dhcp_log), 5)\n"
             "pids = [lab.pid, *(child.pid for child in azure.processes.children)]\n"
@@ -336,20 +269,7 @@ class CleanlinessTest(unittest.TestCase):
         self.assertEqual(state(), before)
 
 
-def _cases() -> "Dict[str, Type[unittest.TestCase]]":
-    """Return a test case a release, skipped unless it is asked for."""
-    cases: Dict[str, Type[unittest.TestCase]] = {}
-    for release in boot.RELEASES:
-        case = type(release.capitalize() + "BootTest", (BootCase, unittest.TestCase), {"release": release})
-        if WANTED != "1" and release not in WANTED.split(","):
-            case = unittest.skip(f"boots take minutes and root: sudo {VARIABLE}=1 python3 -m unittest tests.test_boot")(
-                case
-            )
-        cases[case.__name__] = case
-    return cases
-
-
-globals().update(_cases())
+globals().update(cases(BootCase, "BootTest", VARIABLE))
 
 if __name__ == "__main__":
     unittest.main()
