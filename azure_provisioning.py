@@ -30,7 +30,8 @@ from xml.etree import ElementTree
 
 TYPE_CHECKING = False  # typing is for mypy alone
 if TYPE_CHECKING:
-    from typing import Callable, Dict, List, Optional, Sequence, Tuple, TypeVar
+    import pwd
+    from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar
 
     Result = TypeVar("Result")
 
@@ -764,6 +765,206 @@ def publish_host_name(name: str, dry_run: bool = False) -> None:
         log(INFO, f"published {name} by {renewal.told}, after {time.monotonic() - started:.1f} s")
 
 
+# The user that the VM was created with.
+
+USER_NAME = re.compile(r"(?![0-9]+\Z)[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}\Z")
+USER_IDS = range(1000, 60001)  # those of people, as distributions have them in login.defs(5)
+ADMINISTRATORS = ("sudo", "wheel", "adm")  # the groups, of which each distribution has some
+USER_DATABASE = "/etc"  # passwd(5), group(5), and what belongs to them
+UNFINISHED = "/etc/azure-provisioning.unfinished"  # names the user that is being made, and a home directory of ours
+SUDOERS = "/etc/sudoers.d"
+SSHD_CONFIG = "/etc/ssh/sshd_config"
+SSHD_DROP_IN = "/etc/ssh/sshd_config.d/10-azure-provisioning.conf"  # sshd takes the first value that it reads
+KEY_LIMIT = 1 << 13  # characters; older sshds read no longer lines
+
+# What sshd takes as a key, and of how many fields each consists: RFC 4253, 5656 and 8709, and OpenSSH's PROTOCOL.u2f
+KEY_FIELDS = {
+    "ssh-rsa": 3,
+    "ssh-ed25519": 2,
+    "ecdsa-sha2-nistp256": 3,
+    "ecdsa-sha2-nistp384": 3,
+    "ecdsa-sha2-nistp521": 3,
+    "sk-ssh-ed25519@openssh.com": 3,
+    "sk-ecdsa-sha2-nistp256@openssh.com": 4,
+}
+
+
+def is_key(kind: str, encoded: str) -> bool:
+    """Whether encoded is the whole of an SSH public key of kind: fields, each with its length in front of it."""
+    import binascii
+
+    try:
+        blob = binascii.a2b_base64(encoded if re.match(r"[A-Za-z0-9+/]+={0,2}\Z", encoded) else "")
+    except ValueError:
+        return False
+    fields: List[bytes] = []
+    while len(blob) >= 4 and len(fields) < KEY_FIELDS[kind]:
+        end = 4 + int.from_bytes(blob[:4], "big")
+        fields.append(blob[4:end] if end <= len(blob) else b"")
+        blob = blob[end:]
+    return not blob and len(fields) == KEY_FIELDS[kind] and all(fields) and fields[0] == kind.encode()
+
+
+def parse_keys(text: str) -> "Iterator[str]":
+    """Return the SSH keys in text, each as a line of sshd(8)'s authorized_keys; what is no key is left out, and told.
+
+    Azure hands on what it was given: several keys in one, lines broken within the base64, ends of lines of all kinds.
+    """
+    begun = ""
+    for part in text.splitlines():
+        line = "".join(char if char.isprintable() else " " for char in part).strip()
+        if begun and line.partition(" ")[0] in KEY_FIELDS:
+            log(WARNING, f"not an SSH key, left out: {begun:.60}")
+            begun = ""
+        begun += line
+        kind, encoded, comment = [*begun.split(None, 2), "", "", ""][:3]
+        if kind in KEY_FIELDS and is_key(kind, encoded):
+            yield " ".join(filter(None, (kind, encoded, comment)))
+            begun = ""
+        elif begun and (kind not in KEY_FIELDS or comment or len(begun) > KEY_LIMIT):
+            log(WARNING, f"not an SSH key, left out: {begun:.60}")
+            begun = ""
+    if begun:
+        log(WARNING, f"not an SSH key, left out: {begun:.60}")
+
+
+def find_user(name: str) -> "Optional[pwd.struct_passwd]":
+    """Return the user called name, None if there is none. Raises ProvisioningError if name is not a person's."""
+    import pwd
+
+    if not USER_NAME.match(name):
+        raise ProvisioningError(f"{name!r:.80} cannot be the name of a user")
+    try:
+        user = pwd.getpwnam(name)
+    except KeyError:
+        return None
+    if user.pw_uid not in USER_IDS:
+        raise ProvisioningError(f"the user {name} is not a person's: its ID is {user.pw_uid}")
+    return user
+
+
+def unlock_user_database() -> None:
+    """Remove the locks that a power cut left: useradd would wait for their owners, or refuse to.
+
+    All tools that take them hold lckpwdf(3)'s lock meanwhile, so that no lock is anybody's while we have that one.
+    """
+    import fcntl
+
+    try:
+        with open(f"{USER_DATABASE}/.pwd.lock", "a") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for name in ("passwd", "shadow", "group", "gshadow", "subuid", "subgid"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(f"{USER_DATABASE}/{name}.lock")
+    except OSError as error:
+        log(WARNING, f"{USER_DATABASE}/.pwd.lock: {error}; leaving the locks beside it alone")
+
+
+def undo_unfinished_user() -> None:
+    """Remove the user that a power cut left half made, with its home. Raises ProvisioningError."""
+    unfinished = read_file(UNFINISHED).split("\n")
+    if unfinished == [""]:
+        return
+    name, home = [*unfinished, ""][:2]
+    if find_user(name):
+        run("userdel", "--force", name)
+    if home:
+        import shutil
+
+        shutil.rmtree(home, ignore_errors=True)
+    log(INFO, f"removed the user {name}, which was left unfinished")
+
+
+def make_user(name: str, groups: "Sequence[str]") -> None:
+    """Make the user name, with a home, a locked password, and groups. Raises ProvisioningError.
+
+    useradd changes several files in turn, and a power cut can come between two: the file UNFINISHED says so.
+    """
+    import grp
+
+    home = f"/home/{name}"
+    shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
+    options = ["--create-home", "--home-dir", home, "--shell", shell, "--groups", ",".join(groups)]
+    with contextlib.suppress(KeyError):  # of a package, say: useradd would refuse to make its own
+        options += ["--gid", str(grp.getgrnam(name).gr_gid)]
+    replace_file(UNFINISHED, name + "\n" + ("" if os.path.lexists(home) else home), 0o600)
+    run("useradd", *options, "--", name)
+    os.unlink(UNFINISHED)
+
+
+def administrators() -> "Dict[str, Sequence[str]]":
+    """Return the groups of ADMINISTRATORS that this distribution has, with their members."""
+    import grp
+
+    return {group.gr_name: group.gr_mem for group in grp.getgrall() if group.gr_name in ADMINISTRATORS}
+
+
+def as_user(user: "pwd.struct_passwd", action: "Callable[[], None]") -> None:
+    """Run action in a process with the rights of user and no more, for COMMAND_LIMIT at most.
+
+    Raises ProvisioningError with what action raised.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            signal.alarm(int(COMMAND_LIMIT))
+            os.initgroups(user.pw_name, user.pw_gid)
+            os.setgid(user.pw_gid)
+            os.setuid(user.pw_uid)
+            action()
+            status = 0
+        except (OSError, ProvisioningError) as error:
+            os.write(writing, str(error).encode("utf-8", "backslashreplace")[:1000])
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with open(reading, encoding="utf-8", errors="replace") as pipe:
+        failure = pipe.read()
+    if os.waitpid(child, 0)[1] != 0:
+        raise ProvisioningError(f"as {user.pw_name}: {failure or 'it did not end well'}")
+
+
+def add_keys(home: str, keys: "Sequence[str]") -> None:
+    """Add to the authorized_keys in home those of keys that are not there. To be called as the user."""
+    directory = f"{home}/.ssh"
+    path = f"{directory}/authorized_keys"
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(directory, 0o700)
+    os.chmod(directory, 0o700)
+    known = read_file(path)
+    words = {word for line in known.splitlines() if not line.lstrip().startswith("#") for word in line.split()}
+    missing = [key + "\n" for key in keys if key.split()[1] not in words]
+    if missing:
+        end = "" if not known or known.endswith("\n") else "\n"
+        replace_file(path, known + end + "".join(missing), 0o600)
+    os.chmod(path, 0o600)
+    restore_label(directory)
+
+
+def allow_sudo(user: "pwd.struct_passwd") -> None:
+    """Let user do everything without a password, where there is sudo. Raises ProvisioningError."""
+    if os.path.isdir(SUDOERS):
+        # By ID, for a name may mean something else in sudoers(5): ALL does. sudo skips files with a dot in their name.
+        path = f"{SUDOERS}/90-azure-provisioning-{user.pw_name.replace('.', '_')}"
+        replace_file(path, f"# {user.pw_name}\n#{user.pw_uid} ALL=(ALL:ALL) NOPASSWD:ALL\n", 0o440)
+
+
+def refuse_passwords() -> None:
+    """Have sshd take keys only, if there is one. Raises ProvisioningError."""
+    configuration = read_file(SSHD_CONFIG)
+    if not configuration:
+        return
+    if not re.search(r"(?mi)^[ \t]*Include[ \t=].*sshd_config\.d/\*\.conf", configuration):
+        raise ProvisioningError(f"{SSHD_CONFIG} includes no drop-ins: set PasswordAuthentication no in the image")
+    wanted = "PasswordAuthentication no\nKbdInteractiveAuthentication no\n"
+    if read_file(SSHD_DROP_IN) != wanted:
+        replace_file(SSHD_DROP_IN, wanted, 0o600)
+        # As patterns: what does not match a unit that is loaded is no error.
+        run("systemctl", "try-reload-or-restart", "[s]sh.service", "[s]shd.service")
+
+
 # The steps, in the order in which a VM lives them, and the command line.
 
 
@@ -796,6 +997,35 @@ def hostname_step(options: Options, metadata: InstanceMetadata) -> None:
     update_hosts(name, options.dry_run)
 
 
+def user_step(options: Options, metadata: InstanceMetadata) -> None:
+    """Make the user that the VM was created with, and let it in with its keys. Raises ProvisioningError."""
+    instance = metadata.get()
+    name = instance.admin_username
+    keys = [key for text in instance.public_keys for key in parse_keys(text)]
+    if not name or not keys:
+        log(INFO, f"the VM was created with no {'key for ' + name if name else 'user'}: nothing to do")
+        return
+    if options.dry_run:
+        log(INFO, f"would {'keep' if find_user(name) else 'make'} the user {name}, with {len(keys)} SSH keys")
+        return
+    unlock_user_database()
+    undo_unfinished_user()
+    groups = administrators()
+    if not find_user(name):
+        make_user(name, sorted(groups))
+        log(INFO, f"made the user {name}")
+    elif any(name not in members for members in groups.values()):
+        run("usermod", "--append", "--groups", ",".join(sorted(groups)), "--", name)
+    user = find_user(name)
+    if not user:
+        raise ProvisioningError(f"there is no user {name} after useradd made it")
+    as_user(user, functools.partial(add_keys, user.pw_dir, keys))
+    allow_sudo(user)
+    if instance.passwords_disabled:
+        refuse_passwords()
+    log(INFO, f"{name} can log in by {len(keys)} SSH keys")
+
+
 def ready_step(options: Options, metadata: InstanceMetadata) -> None:
     """Report that the VM is ready, or why it is not. Raises ProvisioningError."""
 
@@ -806,7 +1036,7 @@ def ready_step(options: Options, metadata: InstanceMetadata) -> None:
 
 
 # Ready comes last, for it is a promise: who is told that the VM is ready finds it under its name, and can log in.
-STEPS = {"hostname": hostname_step, "ready": ready_step}
+STEPS = {"hostname": hostname_step, "user": user_step, "ready": ready_step}
 
 
 def parse_arguments(arguments: "Sequence[str]") -> Options:
@@ -827,7 +1057,7 @@ def parse_arguments(arguments: "Sequence[str]") -> Options:
 
     parser = argparse.ArgumentParser(
         prog="azure-provisioning",
-        description="Set the host name that this Azure VM was created with, then tell Azure that it is ready.",
+        description="Give this Azure VM the host name and the user that it was created with, and report it ready.",
         epilog="Exit status: 0 done, 1 a step failed, 2 usage.",
     )
     parser.add_argument("--version", action="version", version="%(prog)s " + __version__)

@@ -3,16 +3,22 @@
 What changes a machine is not called here but in test_sandbox.py.
 """
 
+import base64
 import contextlib
+import fcntl
+import functools
+import grp
 import os
+import pwd
 import random
+import shutil
 import socket
 import tempfile
 import time
 import tracemalloc
 import unittest
 from contextlib import ExitStack
-from typing import Any, ClassVar, Dict, List, Optional, Tuple
+from typing import Any, ClassVar, Dict, List, Optional, Sequence, Tuple
 from unittest import mock
 from xml.etree import ElementTree
 
@@ -58,8 +64,9 @@ class Case(unittest.TestCase):
         self.stack = stack
 
     def log(self, level: int, line: str) -> None:
-        self.levels.append(level)
-        self.lines.append(line)
+        if level <= azure_provisioning.log_level:
+            self.levels.append(level)
+            self.lines.append(line)
 
     def warnings(self) -> List[str]:
         """What went wrong so far."""
@@ -1019,6 +1026,410 @@ class NetworkTest(Case):
 
     def test_an_interface_that_went_away_is_left_alone(self) -> None:
         self.assertIsNone(azure_provisioning.find_renewal("no-such-if0"))
+
+
+def key(kind: str, *fields: bytes) -> str:
+    """Return an SSH public key of kind with these fields, encoded."""
+    blob = b"".join(len(field).to_bytes(4, "big") + field for field in (kind.encode(), *fields))
+    return f"{kind} {base64.b64encode(blob).decode()}"
+
+
+RSA = key("ssh-rsa", b"\1\0\1", bytes(range(1, 250)))
+ED25519 = key("ssh-ed25519", bytes(range(32)))
+KEYS = (
+    RSA,
+    ED25519,
+    key("ecdsa-sha2-nistp256", b"nistp256", b"\4" * 65),
+    key("ecdsa-sha2-nistp384", b"nistp384", b"\4" * 97),
+    key("ecdsa-sha2-nistp521", b"nistp521", b"\4" * 133),
+    key("sk-ssh-ed25519@openssh.com", b"k" * 32, b"ssh:"),
+    key("sk-ecdsa-sha2-nistp256@openssh.com", b"nistp256", b"\4" * 65, b"ssh:"),
+)
+
+
+class KeysTest(Case):
+    """What Azure hands on as SSH keys becomes lines of authorized_keys; the rest is told and left out."""
+
+    def check(self, text: str, *wanted: str, left_out: int = 0) -> None:
+        self.forget()
+        self.assertEqual(list(azure_provisioning.parse_keys(text)), list(wanted))
+        self.assertEqual(len(self.lines), left_out, self.lines)
+        self.assertTrue(all(line.startswith("not an SSH key, left out: ") for line in self.lines), self.lines)
+
+    def test_every_kind_of_key_is_one(self) -> None:
+        for one in KEYS:
+            self.check(one, one)
+            self.check(f"{one} alice@laptop (work)  2 \r\n", f"{one} alice@laptop (work)  2")
+
+    def test_several_in_one_text_count_each(self) -> None:
+        for end in ("\n", "\r\n", "\r", "\n\n", " \r\n \r\n"):
+            self.check(end.join([RSA + " a", ED25519, RSA]) + end, RSA + " a", ED25519, RSA)
+
+    def test_a_key_that_was_broken_within_its_base64_is_mended(self) -> None:
+        for end in ("\r\n", "\n"):
+            for width in (10, 64, 76):
+                broken = end.join(RSA[start : start + width] for start in range(0, len(RSA), width))
+                self.check(f"{broken} alice@laptop{end}{ED25519}{end}", RSA + " alice@laptop", ED25519)
+
+    def test_what_is_no_key_is_left_out_and_the_others_count(self) -> None:
+        for wrong in (
+            "hello",
+            "ssh-rsa",
+            "ssh-rsa AAAA",
+            "ssh-dss " + RSA.split()[1],
+            "ssh-ed25519 " + RSA.split()[1],
+            RSA[:-8],
+            RSA[:60] + "!" + RSA[61:],
+            RSA[:60] + "!" * 4 + RSA[60:],
+            key("ssh-rsa", b"\1\0\1"),
+            key("ssh-rsa", b"\1\0\1", b"n", b"more"),
+            key("ssh-ed25519", b""),
+            "ssh-rsa " + base64.b64encode(bytes([0, 0, 0, 7]) + b"ssh-rsa" + bytes([0, 0, 0, 9]) + b"short").decode(),
+            'command="sh" ' + RSA,
+            "ssh-rsa \u0661\u0662",
+            "-----BEGIN OPENSSH PRIVATE KEY-----",
+        ):
+            with self.subTest(wrong[:70]):
+                self.check(wrong, left_out=1)
+                self.check(f"{ED25519} a\n{wrong}\n{RSA}\n", ED25519 + " a", RSA, left_out=1)
+
+    def test_a_comment_holds_nothing_but_text(self) -> None:
+        self.check(RSA + " a\0b\x1b[2J\tc", RSA + " a b [2J c")
+
+    def test_much_of_nothing_takes_no_time(self) -> None:
+        for text in (
+            "ssh-rsa " + "A" * 1000000,
+            "ssh-rsa A\n" * 10000,
+            "ssh-rsa A\n" + "AAAA\n" * 20000,
+            "x\n" * 10000,
+        ):
+            started = time.monotonic()
+            self.assertEqual(list(azure_provisioning.parse_keys(text)), [])
+            self.assertLess(time.monotonic() - started, 2)
+
+
+class UserTest(Case):
+    """The user that the VM was created with; the boots make real ones."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.directory = self.stack.enter_context(tempfile.TemporaryDirectory())
+        self.users: Dict[str, int] = {"root": 0, "daemon": 1, "nobody": 65534}
+        self.ran: List[str] = []
+        self.written: Dict[str, Tuple[str, int]] = {}
+        self.failing = ""
+        self.files: Dict[str, str] = {}
+        self.as_user: List[Tuple[str, Any]] = []
+        for name, replacement in {
+            "run": self.run_command,
+            "replace_file": self.write,
+            "read_file": lambda path: self.files.get(path, ""),
+            "administrators": lambda: {"sudo": ["bob"], "adm": ["bob"]},
+            "as_user": lambda user, action: self.as_user.append((user.pw_name, action)),
+            "unlock_user_database": lambda: self.ran.append("unlock"),
+            "UNFINISHED": self.directory + "/unfinished",
+            "SUDOERS": self.directory,
+        }.items():
+            self.stack.enter_context(mock.patch.object(azure_provisioning, name, replacement))
+        self.stack.enter_context(mock.patch.object(pwd, "getpwnam", self.find))
+
+    def find(self, name: str) -> pwd.struct_passwd:
+        return pwd.struct_passwd((name, "x", self.users[name], 1000, "", f"/home/{name}", "/bin/sh"))
+
+    def run_command(self, *command: str) -> None:
+        self.ran.append(" ".join(command))
+        if self.failing and self.failing in self.ran[-1]:
+            raise ProvisioningError(f"{self.failing}: exit status 1: no")
+        if command[0] == "useradd":
+            self.users[command[-1]] = 1000
+        if command[0] == "userdel":
+            del self.users[command[-1]]
+
+    def write(self, path: str, text: str, mode: int = 0o644) -> None:
+        self.written[path] = text, mode
+        if path.startswith(self.directory):
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+
+    def user(self, *arguments: str, status: int = 0, keys: Sequence[str] = (RSA,), **more: Any) -> FakeAzure:
+        more.setdefault("admin_username", "alice")
+        azure = self.azure(public_keys=keys, **more)
+        arguments = ("--imds", azure.listen(IMDS), "--timeout", "3", *arguments, "user")
+        self.assertEqual(azure_provisioning.main(arguments), status, self.lines)
+        return azure
+
+    def test_a_user_that_does_not_exist_is_made_with_a_home_groups_and_keys(self) -> None:
+        with mock.patch.object(grp, "getgrnam", side_effect=KeyError):
+            self.user()
+        shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
+        made = f"useradd --create-home --home-dir /home/alice --shell {shell} --groups adm,sudo -- alice"
+        self.assertEqual(self.ran, ["unlock", made])
+        self.assertEqual([name for name, _ in self.as_user], ["alice"])
+        action = self.as_user[0][1]
+        self.assertEqual((action.func, action.args), (azure_provisioning.add_keys, ("/home/alice", [RSA])))
+        self.assertEqual(
+            self.written[self.directory + "/90-azure-provisioning-alice"],
+            ("# alice\n#1000 ALL=(ALL:ALL) NOPASSWD:ALL\n", 0o440),
+        )
+        self.assertEqual(self.lines, ["made the user alice", "alice can log in by 1 SSH keys"])
+        self.assertFalse(os.path.exists(self.directory + "/unfinished"))
+
+    def test_a_group_of_its_name_is_its_own(self) -> None:
+        with mock.patch.object(grp, "getgrnam", return_value=mock.Mock(gr_gid=27)) as find:
+            self.user()
+        find.assert_called_once_with("alice")
+        self.assertIn(" --gid 27 -- alice", self.ran[-1])
+
+    def test_a_user_that_exists_is_kept_and_gets_what_it_lacks(self) -> None:
+        self.users.update(alice=1001, bob=1002)
+        self.user()
+        self.assertEqual(self.ran, ["unlock", "usermod --append --groups adm,sudo -- alice"])
+        self.ran.clear()
+        self.user(admin_username="bob")
+        self.assertEqual(self.ran, ["unlock"])
+        self.assertEqual([name for name, _ in self.as_user], ["alice", "bob"])
+
+    def test_no_user_or_no_key_is_nothing_to_do(self) -> None:
+        for keys, name, line in (
+            ([RSA], "", "the VM was created with no user: nothing to do"),
+            ([], "alice", "the VM was created with no key for alice: nothing to do"),
+            ([""], "alice", "the VM was created with no key for alice: nothing to do"),
+        ):
+            self.forget()
+            self.user(keys=keys, admin_username=name)
+            self.assertEqual(self.lines, [line])
+        self.assertEqual((self.ran, self.as_user, self.written), ([], [], {}))
+
+    def test_who_is_not_a_person_is_refused(self) -> None:
+        for name in (
+            *(
+                "root",
+                "daemon",
+                "nobody",
+                "-rf",
+                "--help",
+                "a b",
+                "a:b",
+                "a,b",
+                "a\nb",
+                "../x",
+                ".",
+                "..",
+                "1000",
+                "a/b",
+            ),
+            *("\u0430lice", "x" * 33, "a$", "%sudo", "#0", "*"),
+        ):
+            with self.subTest(name):
+                self.forget()
+                self.user(admin_username=name, status=1)
+                self.assertRegex(self.lines[-1], "^user failed: .*(cannot be the name of a user|is not a person's)")
+        self.assertEqual((self.as_user, self.written), ([], {}))
+        self.assertEqual(set(self.ran), {"unlock"})
+
+    def test_names_that_azure_allows_are_fine(self) -> None:
+        for name in ("alice", "AzureUser", "john.doe", "a", "_x", "9lives", "a-b_c", "ALL", "x" * 32):
+            self.user(admin_username=name)
+        self.assertIn(self.directory + "/90-azure-provisioning-john_doe", self.written)
+        self.assertNotIn("ALL ALL", str(self.written))
+
+    def test_a_dry_run_makes_nothing(self) -> None:
+        self.user("-n", keys=[RSA, ED25519])
+        self.assertEqual(self.lines, ["would make the user alice, with 2 SSH keys"])
+        self.users["alice"] = 1000
+        self.user("-n")
+        self.assertEqual(self.lines[1:], ["would keep the user alice, with 1 SSH keys"])
+        self.assertEqual((self.ran, self.as_user, self.written), ([], [], {}))
+
+    def test_useradd_that_fails_is_an_error_and_leaves_its_mark(self) -> None:
+        self.failing = "useradd"
+        self.user(status=1)
+        self.assertEqual(self.lines, ["user failed: useradd: exit status 1: no"])
+        self.assertTrue(os.path.exists(self.directory + "/unfinished"))
+
+    def test_a_user_that_a_power_cut_left_unfinished_is_made_anew(self) -> None:
+        home = self.directory + "/home"
+        os.mkdir(home)
+        for text, there, removed in (
+            (f"alice\n{home}", True, True),
+            ("alice\n", True, False),
+            (f"alice\n{home}", False, True),
+        ):
+            self.ran.clear()
+            os.makedirs(home, exist_ok=True)
+            self.users = {"alice": 1000} if there else {}
+            self.files[self.directory + "/unfinished"] = text
+            self.user()
+            self.assertEqual(self.ran[: 1 + there], ["unlock", "userdel --force alice"][: 1 + there])
+            self.assertTrue(self.ran[-1].startswith("useradd "))
+            self.assertNotEqual(os.path.exists(home), removed)
+
+    def test_a_home_that_is_there_is_not_called_ours(self) -> None:
+        with mock.patch.object(os.path, "lexists", return_value=True):
+            self.user()
+        self.assertEqual(self.written[self.directory + "/unfinished"], ("alice\n", 0o600))
+        self.users.clear()
+        with mock.patch.object(os.path, "lexists", return_value=False):
+            self.user()
+        self.assertEqual(self.written[self.directory + "/unfinished"], ("alice\n/home/alice", 0o600))
+
+    def test_sshd_takes_no_passwords_where_the_vm_was_created_without(self) -> None:
+        self.files["/etc/ssh/sshd_config"] = "Port 22\nInclude /etc/ssh/sshd_config.d/*.conf\n"
+        drop_in = "/etc/ssh/sshd_config.d/10-azure-provisioning.conf"
+        for raw in ("false", "", False):
+            self.user(disable_password_authentication=raw)
+        self.assertNotIn(drop_in, self.written)
+        for raw in ("true", True):
+            self.ran.clear()
+            self.user(disable_password_authentication=raw)
+            text = "PasswordAuthentication no\nKbdInteractiveAuthentication no\n"
+            self.assertEqual(self.written.pop(drop_in), (text, 0o600))
+            self.assertEqual(self.ran[-1], "systemctl try-reload-or-restart [s]sh.service [s]shd.service")
+        self.files[drop_in] = text
+        self.ran.clear()
+        self.user(disable_password_authentication="true")
+        self.assertNotIn(drop_in, self.written)
+        self.assertEqual(self.ran, ["unlock", "usermod --append --groups adm,sudo -- alice"])
+
+    def test_sshd_that_reads_no_drop_ins_is_an_error_but_no_sshd_is_none(self) -> None:
+        self.user(disable_password_authentication="true")
+        self.files["/etc/ssh/sshd_config"] = "# Include /etc/ssh/sshd_config.d/*.conf\n"
+        self.user(disable_password_authentication="true", status=1)
+        self.assertRegex(self.lines[-1], "^user failed: /etc/ssh/sshd_config includes no drop-ins: ")
+
+    def test_imds_is_asked_once_for_name_and_user_and_ready_comes_last(self) -> None:
+        azure = self.azure(public_keys=[RSA], admin_username="alice")
+        order: List[str] = []
+        azure.observer = lambda request: order.append(request["method"] + request["path"].partition("?")[0])
+        set_name = mock.patch.object(azure_provisioning, "set_host_name", lambda name: order.append(name))
+
+        def make(name: str, _: object) -> None:
+            self.users[name] = 1000
+            order.append(name)
+
+        made = mock.patch.object(azure_provisioning, "make_user", make)
+        with set_name, made, mock.patch.object(azure_provisioning, "publish_host_name"):
+            addresses = ("--imds", azure.listen(IMDS), "--wireserver", azure.listen(WIRESERVER))
+            self.assertEqual(azure_provisioning.main([*addresses, "ready", "user", "hostname"]), 0, self.lines)
+        self.assertEqual(order, ["GET/metadata/instance", "web-01", "alice", "GET/machine", "POST/machine"])
+
+    def test_ready_is_reported_although_the_user_could_not_be_made(self) -> None:
+        self.failing = "useradd"
+        azure = self.azure(public_keys=[RSA], admin_username="alice")
+        addresses = ("--imds", azure.listen(IMDS), "--wireserver", azure.listen(WIRESERVER))
+        self.assertEqual(azure_provisioning.main([*addresses, "user", "ready"]), 1)
+        self.assertEqual(len(azure.accepted), 1)
+
+
+class HomeTest(unittest.TestCase):
+    """What is done in a home directory is done as its owner."""
+
+    def setUp(self) -> None:
+        self.home = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.home)
+        self.path = self.home + "/.ssh/authorized_keys"
+
+    def add(self, *keys: str) -> str:
+        azure_provisioning.add_keys(self.home, keys)
+        self.assertEqual(os.stat(self.home + "/.ssh").st_mode & 0o7777, 0o700)
+        self.assertEqual(os.stat(self.path).st_mode & 0o7777, 0o600)
+        with open(self.path, encoding="utf-8") as file:
+            return file.read()
+
+    def test_keys_are_added_to_those_that_are_there(self) -> None:
+        self.assertEqual(self.add(RSA + " a", ED25519), f"{RSA} a\n{ED25519}\n")
+        before = os.stat(self.path)
+        self.assertEqual(self.add(ED25519 + " again", RSA), f"{RSA} a\n{ED25519}\n")
+        self.assertEqual(os.stat(self.path).st_ino, before.st_ino)
+        with open(self.path, "w", encoding="utf-8") as file:
+            file.write(f'# {RSA}\nfrom="10.0.0.0/8" {ED25519} b')
+        os.chmod(self.path, 0o666)
+        os.chmod(self.home + "/.ssh", 0o777)
+        self.assertEqual(self.add(RSA, ED25519), f'# {RSA}\nfrom="10.0.0.0/8" {ED25519} b\n{RSA}\n')
+
+    def test_a_fifo_is_an_error_at_once(self) -> None:
+        os.mkdir(self.home + "/.ssh")
+        os.mkfifo(self.path)
+        with self.assertRaisesRegex(ProvisioningError, "not a regular file"):
+            azure_provisioning.add_keys(self.home, [RSA])
+
+    def as_nobody(self, action: Any) -> List[str]:
+        """Have action run by as_user(), and return what that took on, in its order."""
+        log, parent = self.home + "/log", os.getpid()
+
+        def note(*what: object) -> None:
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(" ".join(map(str, what)) + "\n")
+
+        user = pwd.struct_passwd(("alice", "x", 1000, 1001, "", self.home, "/bin/sh"))
+        with ExitStack() as stack:
+            for name in ("initgroups", "setgid", "setuid"):
+                stack.enter_context(mock.patch.object(os, name, functools.partial(note, name)))
+
+            def acted() -> None:
+                note("acted", os.getpid() != parent)
+                action()
+
+            azure_provisioning.as_user(user, acted)
+        with open(log, encoding="utf-8") as file:
+            return file.read().splitlines()
+
+    def test_another_process_takes_on_the_users_rights_first(self) -> None:
+        self.assertEqual(
+            self.as_nobody(lambda: None), ["initgroups alice 1001", "setgid 1001", "setuid 1000", "acted True"]
+        )
+
+    def test_what_it_could_not_do_is_told(self) -> None:
+
+        def fail() -> None:
+            raise ProvisioningError("write /home/alice/.ssh: no")
+
+        with self.assertRaisesRegex(ProvisioningError, "^as alice: write /home/alice/.ssh: no$"):
+            self.as_nobody(fail)
+        with self.assertRaisesRegex(ProvisioningError, "^as alice: .*not permitted"):
+            self.as_nobody(mock.Mock(side_effect=PermissionError("not permitted")))
+        with self.assertRaisesRegex(ProvisioningError, "^as alice: it did not end well$"):
+            self.as_nobody(lambda: os.kill(os.getpid(), 9))
+
+    def test_it_is_not_waited_for_without_end(self) -> None:
+        ended = self.assertRaisesRegex(ProvisioningError, "it did not end well")
+        with mock.patch.object(azure_provisioning, "COMMAND_LIMIT", 1), ended:
+            self.as_nobody(lambda: time.sleep(60))
+
+
+class LocksTest(unittest.TestCase):
+    """useradd's locks that a power cut left are removed, those of a useradd that runs are not."""
+
+    def setUp(self) -> None:
+        self.etc = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.etc)
+        stack = ExitStack()
+        self.addCleanup(stack.close)
+        self.assertEqual(azure_provisioning.USER_DATABASE, "/etc")
+        stack.enter_context(mock.patch.object(azure_provisioning, "USER_DATABASE", self.etc))
+        self.log = stack.enter_context(mock.patch.object(azure_provisioning, "log"))
+        for name in (
+            "passwd.lock",
+            "shadow.lock",
+            "group.lock",
+            "gshadow.lock",
+            "subuid.lock",
+            "subgid.lock",
+            "passwd",
+        ):
+            open(f"{self.etc}/{name}", "w").close()
+
+    def test_locks_that_are_nobodys_are_removed(self) -> None:
+        azure_provisioning.unlock_user_database()
+        self.assertEqual(sorted(os.listdir(self.etc)), [".pwd.lock", "passwd"])
+        azure_provisioning.unlock_user_database()
+        self.log.assert_not_called()
+
+    def test_locks_of_a_useradd_that_runs_are_left_alone(self) -> None:
+        with mock.patch.object(fcntl, "lockf", side_effect=BlockingIOError("busy")):
+            azure_provisioning.unlock_user_database()
+        self.assertEqual(len(os.listdir(self.etc)), 8)
+        self.assertEqual(self.log.call_count, 1)
 
 
 class MainTest(Case):
