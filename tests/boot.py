@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import subprocess
+from typing import Sequence
 
 from tests.vm import BOOTED, VM, WORK, Azure, children_of, wait_for
 
@@ -33,7 +34,7 @@ class Container(VM):
         "systemd,systemd-sysv,dbus,python3-minimal,libpython3-stdlib,iproute2,network-manager,ifupdown,isc-dhcp-client"
     )
     # The package of the other agent, to be unpacked where a test wants it.
-    hooks = ("--customize-hook=chroot $1 sh -c 'cd /var/cache && apt-get download cloud-init'",)
+    hooks: Sequence[str] = ("--customize-hook=chroot $1 sh -c 'cd /var/cache && apt-get download cloud-init'",)
     pid = 0
 
     def boot(self, azure: Azure) -> "Container":

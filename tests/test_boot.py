@@ -113,7 +113,7 @@ class BootCase(Case):
             test.assertEqual(machine.show("ActiveState", "console-getty.service"), "active")
             test.assertFalse(os.path.exists(f"/proc/{machine.pid}/root/run/nologin"))
             self.check(machine, system="degraded", unit="enabled", result="exit-code", host_name="web-01")
-            line = "ready failed: GET http://168.63.129.16:80/machine?comp=goalstate: "
+            line = "ready failed: GET http://168.63.129.16/machine?comp=goalstate: "
             test.assertEqual(machine.unit_journal().count(line), 1)
             test.assertEqual(machine.console_text().count(line), 1)
             test.assertRegex(machine.unit_journal(), re.escape(line) + ".*Connection refused; gave up after 6 s\n")

@@ -334,6 +334,7 @@ MASKED = ["apt-daily.timer", "apt-daily-upgrade.timer", "e2scrub_all.timer", "e2
 class VM:
     """One VM: a copy on write of a release's root with the product installed, to be booted as often as one likes.
 
+    Or one of an image, which is a VM that is off, as it is.
     What it is made of, and how it is switched on, off and spoken to, is for containers and machines to say.
     """
 
@@ -342,7 +343,11 @@ class VM:
     patience = 1.0  # how much longer than a container it takes
     count = 0
 
-    def __init__(self, lab: Lab, release: str, client: str = "networkd", install: bool = True) -> None:
+    others = "mask"  # what is done to the DHCP clients that a VM does not use
+
+    def __init__(
+        self, lab: Lab, release: str, client: str = "networkd", install: bool = True, image: Optional["VM"] = None
+    ) -> None:
         VM.count += 1
         self.lab = lab
         self.release = release
@@ -350,24 +355,26 @@ class VM:
         self.name = f"vm{VM.count}"
         self.power = Processes()
         self.console = tempfile.TemporaryFile()  # noqa: SIM115
-        lower = lab.root(release, self.packages, *self.hooks)
+        lower = image.root if image else lab.root(release, self.packages, *self.hooks)
         base = f"{WORK}/{self.name}"
-        self.root = base + "/root"
+        self.root: str = base + "/root"
         lab.run("mkdir", "-p", base + "/upper", base + "/work", self.root)
         options = f"lowerdir={lower},upperdir={base}/upper,workdir={base}/work"
         lab.run("mount", "-t", "overlay", "-o", options, "overlay", self.root)
+        if image:
+            return
         self.write("etc/hostname", IMAGE_NAME + "\n")
         self.write("etc/hosts", f"127.0.0.1 localhost\n127.0.1.1 {IMAGE_NAME}\n")
         self.forget_identity()
         for name, text in NETWORK[client].items():
             self.write(name, text)
         for other in UNITS:
-            self.systemctl("mask", *UNITS[other])
+            self.systemctl(self.others, *UNITS[other])
         self.systemctl("unmask", *UNITS[client])
         self.systemctl("enable", *UNITS[client])
         self.systemctl("mask", *MASKED)
         if install:
-            lab.run("sh", os.path.join(sandbox.REPOSITORY, "install.sh"), "--root", self.root)
+            self.install()
 
     def __enter__(self) -> Any:
         return self
@@ -379,6 +386,12 @@ class VM:
         self.lab.run("rm", "-rf", os.path.dirname(self.root))
 
     # Its disk.
+
+    def install(self, *arguments: str) -> str:
+        """Run install.sh on the disk, while the machine is off, and return what it says."""
+        return self.lab.run(
+            "sh", os.path.join(sandbox.REPOSITORY, "install.sh"), "--root", self.root, *arguments
+        ).stdout
 
     def path(self, name: str) -> str:
         """Return how the file name on the disk is reached from here."""

@@ -1,0 +1,236 @@
+"""From image to login: a system that was used is made an image by two commands, and the image becomes VMs.
+
+Like all boots these run only if the environment variable AZURE_PROVISIONING_BOOT is set, see test_boot.py.
+"""
+
+import functools
+import os
+import random
+import subprocess
+import time
+import unittest
+import uuid
+from contextlib import ExitStack
+from typing import Any, Sequence, Set
+
+from tests import boot
+from tests.boot import Container
+from tests.test_boot import VARIABLE
+from tests.vm import VM, WORK, Azure, Case, cases, explained, wait_for
+
+BUILDER = "builder-7f3a"  # the name of the machine that becomes the image
+SECRET = "hunter2-of-the-builder"
+USER = "alice"
+
+
+class Image(Container):
+    """A container as one would make an image of it. DHCP clients that it does not use are disabled, not masked."""
+
+    packages = Container.packages + ",openssh-server,sudo"
+    hooks: Sequence[str] = ()
+    others = "disable"
+
+
+class JourneyCase(Case):
+    """The journeys of one release; a class of each is made below."""
+
+    vm = Image
+    tools = (*boot.TOOLS, "ssh", "ssh-keygen")
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        for name in ("key", "other"):
+            cls.lab.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "alice@laptop", "-f", f"{WORK}/{name}")
+
+    def make_image(self, client: str, *options: str) -> VM:
+        """Return a machine that was used for a while and then became an image by the README's commands."""
+        test: Any = self
+        image = self.vm(self.lab, self.release, client, install=False)
+        image.write("etc/machine-id", uuid.uuid4().hex + "\n")  # it has booted before
+        image.write("etc/hostname", BUILDER + "\n")
+        image.write("etc/hosts", f"127.0.0.1 localhost\n127.0.1.1 {BUILDER}\n")
+        image.write(
+            "etc/systemd/system/idle.service", "[Service]\nExecStart=sleep 99\n[Install]\nWantedBy=basic.target\n"
+        )
+        with Azure(self.lab, BUILDER) as azure, explained(image, azure):
+            azure.start_network()
+            image.boot(azure)
+            image.wait_until_booted()
+            wait_for("the builder's lease", lambda: BUILDER in azure.leases().values(), 30)
+            image.power_off()
+        # What other agents, and the builder, leave behind.
+        for name in (
+            "var/lib/waagent/ovf-env.xml",
+            "var/lib/cloud/instances/i/user-data.txt",
+            "var/log/waagent.log",
+            "var/log/cloud-init.log",
+            "var/log/auth.log.1",
+            "root/.bash_history",
+        ):
+            image.write(name, f"{SECRET} {BUILDER}\n")
+        image.install(*options)
+        self.look_at_image(image)
+        said = image.install("--generalize")
+        test.assertIn("forgot /etc/machine-id", said)
+        test.assertEqual(image.read("etc/machine-id"), "")
+        return image
+
+    def look_at_image(self, image: VM) -> None:
+        """Remember what VMs made from image must not have, and what they must."""
+        self.traces = {BUILDER, SECRET, image.read("etc/machine-id").strip()}
+        self.host_keys = [self.host_key(image)]
+        self.enabled = self.units(image.systemctl("list-unit-files", "--no-legend", "--state=enabled"))
+
+    @staticmethod
+    def units(listing: str) -> Set[str]:
+        """Return the units of a listing, but for our own two."""
+        return {line.split()[0] for line in listing.splitlines() if line and not line.startswith("azure-provisioning")}
+
+    @staticmethod
+    def host_key(vm: VM) -> str:
+        return vm.read("etc/ssh/ssh_host_ed25519_key.pub").split()[1]
+
+    def azure(self, name: str, keys: Sequence[str] = ("key",)) -> Azure:
+        """Return the far end for a VM created with alice and her keys."""
+        arguments = ["--admin-username", USER, "--disable-password-authentication", "true"]
+        for key in keys:
+            with open(self.lab.path(key + ".pub"), encoding="utf-8") as file:
+                arguments += ["--public-key", file.read().rstrip("\n") + "\r\n"]
+        return Azure(self.lab, name, arguments)
+
+    def check_vm(self, vm: VM, azure: Azure, name: str, started: float, reports: int = 1) -> None:
+        """A VM made from the image is provisioned in time, is itself, and remembers nothing of the builder."""
+        test: Any = self
+        wait_for("Ready", azure.reports, 15 * vm.patience)
+        seconds = azure.reports()[-1]["time"] - started
+        self.check_provisioned(vm, azure, name, reports)
+        print(f"{vm.release}, {vm.client}: Ready {seconds:.1f} s after power on")
+        test.assertLess(seconds, 15 * vm.patience)
+        test.assertEqual(
+            self.units(vm.run("systemctl", "list-unit-files", "--no-legend", "--state=enabled")), self.enabled
+        )
+        test.assertEqual(vm.run("systemctl", "is-active", "idle.service").strip(), "inactive")
+        machine_id = vm.read("etc/machine-id").strip()
+        test.assertRegex(machine_id, r"\A[0-9a-f]{32}\Z")
+        places = [vm.path(place) for place in ("etc", "home", "root", "var")]
+        for trace in sorted(self.traces):
+            found = subprocess.run(
+                ["grep", "-rlF", "--", trace, *places], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False
+            )
+            test.assertEqual(found.stdout.decode(), "", trace)
+        self.traces.add(machine_id)
+        host_key = self.host_key(vm)
+        test.assertNotIn(host_key, self.host_keys)
+        self.host_keys.append(host_key)
+        wait_for("sshd's banner", lambda: self.banner(vm, azure), 10 * vm.patience)
+
+    def banner(self, vm: VM, azure: Azure) -> bool:
+        """Whether an SSH server answers, with the host key that is on the disk."""
+        scanned = subprocess.run(
+            [*azure.enter(), "ssh-keyscan", "-t", "ed25519", *vm.addresses()],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
+        return self.host_key(vm) in scanned.stdout.decode()
+
+    def ssh(self, vm: VM, azure: Azure, user: str, key: str, *command: str) -> "subprocess.CompletedProcess[str]":
+        """Run command in vm over a real SSH client at the far end."""
+        options = ["-F", "none", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o", "IdentitiesOnly=yes"]
+        options += ["-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-i", self.lab.path(key)]
+        return subprocess.run(
+            [*azure.enter(), "ssh", *options, f"{user}@{vm.addresses()[0]}", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            check=False,
+            timeout=60 * vm.patience,
+        )
+
+    def check_login(self, vm: VM, azure: Azure) -> None:
+        """Alice gets in with her key and becomes root; nobody else does, nor any other key, nor a password."""
+        test: Any = self
+        came = self.ssh(vm, azure, USER, "key", "sudo", "-n", "id", "-u")
+        test.assertEqual((came.returncode, came.stdout), (0, "0\n"))
+        test.assertIn("Permission denied", self.ssh(vm, azure, USER, "other", "true").stdout)
+        refused = self.ssh(vm, azure, "root", "key", "true")
+        test.assertIn("Permission denied (publickey)", refused.stdout)
+        test.assertNotIn("password", refused.stdout)
+        home = vm.path(f"home/{USER}")
+        test.assertEqual(
+            [os.stat(path).st_mode & 0o7777 for path in (home + "/.ssh", home + "/.ssh/authorized_keys")],
+            [0o700, 0o600],
+        )
+        test.assertEqual(os.stat(home + "/.ssh/authorized_keys").st_uid, os.stat(home).st_uid)
+        test.assertEqual(
+            vm.run("find", "/etc", "/home", "-name", "*azure-provisioning*~", "-o", "-name", "*unfinished"), ""
+        )
+        test.assertNotIn("warning", vm.unit_journal().lower())
+
+    def journey(self, client: str, *options: str) -> None:
+        """An image becomes two VMs, and the second of them another image, and that another VM."""
+        with self.make_image(client, *options) as image:
+            for name, last in (("web-01", False), ("web-02", True)):
+                with self.vm(self.lab, self.release, client, image=image) as vm:
+                    self.provision(vm, name, login=bool(options))
+                    if last:
+                        vm.install("--generalize")
+                        self.provision(vm, "web-03", login=bool(options))
+
+    def provision(self, vm: VM, name: str, login: bool = False) -> None:
+        """Boot vm for the first time, and then once more."""
+        with self.azure(name) as azure, explained(vm, azure):
+            azure.start_network().start()
+            started = time.monotonic()
+            vm.boot(azure)
+            self.check_vm(vm, azure, name, started)
+            if login:
+                self.check_login(vm, azure)
+            self.check_second_boot(vm, azure, name)
+            vm.power_off()
+
+    def test_from_a_used_machine_to_a_login_with_networkd(self) -> None:
+        self.journey("networkd", "--user")
+
+    def test_from_a_used_machine_to_a_login_with_network_manager(self) -> None:
+        self.journey("NetworkManager", "--user")
+
+    def test_from_a_used_machine_to_a_login_with_ifupdown(self) -> None:
+        self.journey("ifupdown", "--user")
+
+    def test_an_image_without_the_step_user_has_no_user(self) -> None:
+        test: Any = self
+        with ExitStack() as stack:
+            image = stack.enter_context(self.make_image("networkd"))
+            vm = stack.enter_context(self.vm(self.lab, self.release, image=image))
+            self.provision(vm, "web-01")
+            test.assertNotIn(f"\n{USER}:", vm.read("etc/passwd"))
+
+    def test_a_power_cut_at_any_moment_leaves_a_vm_that_the_next_boot_makes_whole(self) -> None:
+        choose = random.Random()
+        with self.make_image("networkd", "--user") as image:
+            for _ in range(int(os.environ.get("AZURE_PROVISIONING_POWER_CUTS", "5"))):
+                with ExitStack() as stack:
+                    vm = stack.enter_context(self.vm(self.lab, self.release, image=image))
+                    azure = stack.enter_context(self.azure("web-01"))
+                    stack.enter_context(explained(vm, azure))
+                    azure.start_network().start()
+                    vm.boot(azure)
+                    wait_for("the step hostname", functools.partial(self.has_name, vm), 30 * vm.patience)
+                    time.sleep(choose.uniform(0, 0.5))
+                    vm.cut_power()
+                    vm.boot(azure)
+                    self.check(vm, system="running", unit="disabled", host_name="web-01")
+                    self.check_login(vm, azure)
+
+    @staticmethod
+    def has_name(vm: VM) -> bool:
+        return vm.read("etc/hostname") == "web-01\n"
+
+
+globals().update(cases(JourneyCase, "JourneyTest", VARIABLE))
+
+if __name__ == "__main__":
+    unittest.main()
