@@ -5,15 +5,19 @@ umask 022
 unset CDPATH
 export LC_ALL=C
 
-usage='usage: install.sh [--root DIR] [--uninstall] [--force]
+usage='usage: install.sh [--root DIR] [--force]
+       install.sh --generalize [--root DIR] [--force]
+       install.sh --uninstall [--root DIR] [--force]
 
 Copy the program to /usr/local/sbin/azure-provisioning and its unit to /etc/systemd/system, and enable the unit, so that
 it runs at the next boot. Run it again to enable the unit again, or to replace an older version.
 
-  --root DIR    the system to install into: an image mounted at DIR, instead of this one
-  --uninstall   take all of it away again, but for what somebody else has changed since
-  --force       install although another provisioning agent is enabled, and over what somebody else has put there;
-                with --uninstall, take that away, too'
+  --generalize  the last command before the capture: make the system forget whose it was (machine ID, host name, SSH
+                host keys, leases, logs, what other agents left), so that it can become many VMs, and arm the unit
+  --uninstall   take away all that was installed, but for what somebody else has changed since
+  --root DIR    the system to work on: an image mounted at DIR, instead of this one
+  --force       go on where this would refuse: although another provisioning agent is enabled, over what somebody else
+                has put there, or although no VM would come up; with --uninstall, take away what was changed, too'
 
 unit=azure-provisioning.service
 program=/usr/local/sbin/azure-provisioning
@@ -21,6 +25,7 @@ units=/etc/systemd/system
 wants=$units/multi-user.target.wants
 presets=/etc/systemd/system-preset
 preset=$presets/00-azure-provisioning.preset
+ssh_unit=azure-provisioning-ssh-keys.service
 # Where systemd looks for units, the first that has one wins.
 unit_path="$units /usr/local/lib/systemd/system /usr/lib/systemd/system /lib/systemd/system"
 
@@ -28,35 +33,99 @@ unit_path="$units /usr/local/lib/systemd/system /usr/lib/systemd/system /lib/sys
 
 install() {
     check_sources
-    check_systemd
-    check_python
+    check_systemd refuse
+    check_python refuse
     check_agents
     check_place "$program"
     check_place "$units/$unit"
     check_place "$preset"
-    check_link
+    check_link "$unit"
     see_presets
     begin
     put 755 "$program" the_program
     put 644 "$units/$unit" the_unit
     put 644 "$preset" the_preset
-    arm
+    arm "$unit"
     reload
     say "installed and enabled in ${root:-/}: it runs at the next boot"
 }
 
 uninstall() {
-    for path in "$wants/$unit" "$preset" "$units/$unit" "$program"; do
+    set -- "$wants/$unit" "$wants/$ssh_unit" "$preset" "$units/$unit" "$units/$ssh_unit" "$program"
+    for path; do
         place "$path" || refuse "$path cannot be reached in ${root:-/}: $why"
     done
     see_presets
     begin
-    for path in "$wants/$unit" "$preset" "$units/$unit" "$program"; do
+    for path; do
         take_away "$path"
     done
     [ -z "$our_presets" ] || take_away_empty "$presets"
     reload
     say "uninstalled from ${root:-/}"
+}
+
+generalize() {
+    check_systemd object
+    check_python object
+    check_installed
+    check_link "$unit"
+    check_agents
+    check_network_is_for_every_vm
+    check_network_comes_up
+    check_fstab
+    check_ssh_keys
+    check_machine_id
+    confirm
+    begin
+    make_ssh_keys_come_back
+    arm "$unit"
+    forget_again_at_shutdown
+    forget
+    tell_what_is_left
+    ! running || sync
+    say "generalized ${root:-/}: capture it before it boots again"
+}
+
+# What a captured image must not carry, each line with what is done and why. Paths in ~ are those of every home.
+# /etc/machine-id comes last: an image that has one is an image that is not done.
+forgotten() {
+    cat <<'end'
+remove      /etc/ssh/ssh_host_*                     SSH host keys, by which every VM could pose as every other
+clear       /var/lib/dhcp                           leases and identifiers of dhclient
+clear       /var/lib/dhclient                       leases and identifiers of dhclient
+clear       /var/lib/dhcpcd                         leases and identifiers of dhcpcd
+clear       /var/lib/dhcpcd5                        leases and identifiers of dhcpcd
+remove      /etc/dhcpcd.duid                        identifier of dhcpcd
+remove      /etc/dhcpcd.secret                      secret of dhcpcd
+clear       /var/lib/wicked                         leases and identifiers of wicked
+clear       /var/lib/systemd/network                leases and identifiers of systemd-networkd
+remove      /var/lib/NetworkManager/*.lease*        leases of NetworkManager
+remove      /var/lib/NetworkManager/secret_key      secret of NetworkManager, from which it makes identifiers
+remove      /var/lib/NetworkManager/seen-bssids     networks that were seen
+remove      /var/lib/NetworkManager/timestamps      connections that were used
+remove_file /etc/resolv.conf                        name servers of the network that it was in
+remove      /var/lib/systemd/random-seed            secret seed of the random numbers of every VM
+remove      /var/lib/urandom/random-seed            secret seed of the random numbers of every VM
+remove      /efi/loader/random-seed                 secret seed of the random numbers of every VM
+remove      /boot/loader/random-seed                secret seed of the random numbers of every VM
+remove      /boot/efi/loader/random-seed            secret seed of the random numbers of every VM
+remove      /var/lib/systemd/credential.secret      secret of systemd-creds
+clear       /var/lib/waagent                        state of the Azure Linux Agent, with a password in it
+clear       /var/lib/cloud                          state of cloud-init, with the user data in it
+clear       /var/lib/azure-init                     state of azure-init
+remove      ~/.*_history                            histories of shells and other programs
+remove      ~/.history                              history of a shell
+remove      ~/.histfile                             history of zsh
+remove      ~/.local/share/fish/fish_history        history of fish
+clear       /var/log/journal                        journal, filed under the old machine ID
+clear_logs  /var/log                                logs
+remove      /var/lib/lastlog/*                      times of logins
+remove      /var/lib/wtmpdb/*                       times of logins and boots
+name        /etc/hostname                           host name, under which every VM would first ask for a lease
+remove_file /var/lib/dbus/machine-id                machine ID, which systemd would put back from here
+blank       /etc/machine-id                         machine ID
+end
 }
 
 # What is said. What comes from an image cannot command the terminal.
@@ -89,6 +158,17 @@ object() {
     else
         refuse "$1, or use --force"
     fi
+}
+
+# confirm: ask whoever sits at a terminal whether it is this machine that is to forget; a script knows.
+confirm() {
+    if [ -n "$root" ] || [ -n "$refused" ] || [ ! -t 0 ]; then
+        return
+    fi
+    printf 'This machine will forget its SSH host keys, machine ID, host name, leases, logs and histories, for good.\n' >&2
+    printf 'Nobody can log in before it has booted again. Go on? [y/N] ' >&2
+    read -r answer || answer=''
+    case $answer in [yY] | [yY][eE][sS]) ;; *) refuse 'this was not confirmed' ;; esac
 }
 
 changing='' temporary=''
@@ -193,6 +273,18 @@ enabled() {
     return 1
 }
 
+# each DIR PATTERN COMMAND: run COMMAND for each file of DIR that fits, whose name is in path and, for us, in located.
+each() {
+    locate "$1" || return 0
+    # shellcheck disable=SC2231 # it is a pattern
+    for entry in "$located"/$2; do
+        path=$1/${entry##*/}
+        if has -f "$path"; then
+            "$3"
+        fi
+    done
+}
+
 # What install.sh puts into the target system. The last line of each file lets it be told from one that somebody changed:
 # what is as we left it may be replaced and taken away in silence, whichever version it is of.
 
@@ -220,6 +312,34 @@ see_presets() {
     fi
 }
 
+the_ssh_unit() {
+    cat <<'end'
+[Unit]
+Description=Make the SSH host keys that this machine lacks
+Documentation=man:ssh-keygen(1)
+# Before any unit that starts sshd. A socket is part of basic.target, which everything comes after by default.
+DefaultDependencies=no
+Requires=local-fs.target
+After=local-fs.target
+Before=ssh.service sshd.service ssh.socket sshd.socket
+Conflicts=shutdown.target
+Before=shutdown.target
+# A file that a power cut left empty is no key.
+ConditionFileNotEmpty=|!/etc/ssh/ssh_host_rsa_key
+ConditionFileNotEmpty=|!/etc/ssh/ssh_host_ecdsa_key
+ConditionFileNotEmpty=|!/etc/ssh/ssh_host_ed25519_key
+
+[Service]
+Type=oneshot
+ExecStart=/usr/bin/ssh-keygen -A
+# On the disk before anybody has seen them: a client that knows a key refuses another.
+ExecStart=/bin/sh -c 'exec sync /etc/ssh/ssh_host_*'
+
+[Install]
+WantedBy=multi-user.target
+end
+}
+
 # last_line: print the line that ends a file whose other lines are standard input.
 last_line() {
     cksum | {
@@ -239,32 +359,39 @@ is_ours() {
     [ "$(tail -n 1 "$1" | tr -d '\000')" = "$(sed '$d' "$1" | last_line)" ]
 }
 
-# put MODE PATH COMMAND: make what COMMAND prints, and our last line, the file PATH, at once, unless it is so already.
+# put MODE PATH COMMAND: make what COMMAND prints, and our last line, the file PATH, unless it is so already.
 put() {
     place "$2"
     mkdir -p "${located%/*}"
-    temporary=$(mktemp "$located.XXXXXX") # a name that nobody has, and a file that is no link
-    "$3" >"$temporary"
-    line=$(last_line <"$temporary")
-    echo "$line" >>"$temporary"
-    if [ ! -L "$located" ] && cmp -s "$temporary" "$located"; then
-        rm "$temporary"
-    else
-        [ ! -L "$located" ] || rm "$located" # or mv moves it into a directory that it leads to
-        mv -f "$temporary" "$located"
+    content=$("$3" && echo .)
+    content=${content%.}
+    content=$content$(printf %s "$content" | last_line)
+    if [ -L "$located" ] || [ ! -f "$located" ] || [ "$(tr -d '\000' <"$located")" != "$content" ]; then
+        replace "$1" "$located" <<end
+$content
+end
     fi
-    temporary=''
     chown 0:0 "$located"
     chmod "$1" "$located"
 }
 
-# arm: enable the unit, by its link, as systemctl does it.
+# replace MODE FILE: make standard input the content of FILE, at once. FILE is for us, and comes from place().
+replace() {
+    temporary=$(mktemp "$2.XXXXXX") # a name that nobody has, and a file that is no link
+    cat >"$temporary"
+    chmod "$1" "$temporary"
+    [ ! -L "$2" ] || rm "$2" # or mv moves it into a directory that it leads to
+    mv -f "$temporary" "$2"
+    temporary=''
+}
+
+# arm UNIT: enable it, by its link, as systemctl does.
 arm() {
-    place "$wants/$unit"
-    if [ ! -L "$located" ] || [ "$(readlink "$located")" != "$units/$unit" ]; then
+    place "$wants/$1"
+    if [ ! -L "$located" ] || [ "$(readlink "$located")" != "$units/$1" ]; then
         mkdir -p "${located%/*}"
         rm -f "$located"
-        ln -s "$units/$unit" "$located"
+        ln -s "$units/$1" "$located"
     fi
 }
 
@@ -291,17 +418,193 @@ take_away_empty() {
     fi
 }
 
-# Whether located is a link that enables the unit.
+# Whether located is a link that enables the unit which it is named after.
 is_our_link() {
     [ -L "$located" ] || return
-    case $(readlink "$located") in "$unit" | */"$unit") return 0 ;; esac
-    return 1
+    case ${located##*/} in "$unit" | "$ssh_unit") ;; *) return 1 ;; esac
+    [ "/${located##*/}" = "/$(readlink "$located" | sed 's|.*/||')" ]
+}
+
+make_ssh_keys_come_back() {
+    if ssh_keys_are_ours_to_make; then
+        put 644 "$units/$ssh_unit" the_ssh_unit
+        arm "$ssh_unit"
+    fi
 }
 
 reload() {
-    if [ -z "$root" ] && [ -d /run/systemd/system ]; then
+    if running; then
         systemctl daemon-reload || warn 'systemd could not be told; it will know after a reboot'
     fi
+}
+
+# Forgetting.
+
+forget() {
+    if running && has -d /var/log/journal; then
+        # Or journald writes into the old directory again as soon as it finds its file removed.
+        journalctl --relinquish-var || warn 'journald keeps writing to /var/log/journal: generalize a mounted image'
+    fi
+    while read -r how what whose <&3; do
+        forgot=''
+        case $what in
+            '~'/*) in_homes "$how" "${what#?}" ;;
+            *) "$how" "$what" ;;
+        esac
+        [ -z "$forgot" ] || say "forgot $what: $whose"
+    done 3<<end
+$(forgotten)
+end
+}
+
+# in_homes HOW PATTERN: do it in the home of everybody.
+in_homes() {
+    "$1" "/root$2"
+    if locate /home; then
+        for home in "$located"/*; do
+            "$1" "/home/${home##*/}$2"
+        done
+    fi
+    has -f /etc/passwd || return 0
+    while IFS=: read -r _ _ _ _ _ home _; do
+        case $home in /home/* | /root | /) ;; /*) "$1" "$home$2" ;; esac
+    done <"$located"
+}
+
+# remove PATTERN: the files and links that fit.
+remove() {
+    locate "${1%/*}/." || return 0
+    # shellcheck disable=SC2231 # it is a pattern
+    for entry in "$located"/${1##*/}; do
+        if [ -L "$entry" ] || [ -f "$entry" ]; then
+            rm -f "$entry"
+            forgot=yes
+        fi
+    done
+}
+
+# remove_file PATH: where it is a file; a link leads to what is made anew in each boot.
+remove_file() {
+    place "$1" || return 0
+    [ -L "$located" ] || remove "$1"
+}
+
+# clear DIR: all that is in it, and keep it.
+clear() {
+    has -d "$1" || return 0
+    found=$(find "$located" -xdev -mindepth 1)
+    if [ -n "$found" ]; then
+        find "$located" -xdev -mindepth 1 -delete
+        forgot=yes
+    fi
+}
+
+# clear_logs DIR: cut the logs to nothing, for daemons have them open or expect them there. Removed are those that have
+# been rotated, those in a directory of somebody else than root, who could make a link of them meanwhile, and those that
+# have another name, for that may be outside.
+clear_logs() {
+    has -d "$1" || return 0
+    found=$(find "$located" -xdev -type f -size +0c)
+    [ -n "$found" ] || return 0
+    find "$located" -xdev -type d ! -user 0 -prune -o -type f -links 1 -size +0c \
+        ! -name '*[._-][0-9]' ! -name '*[._-][0-9][0-9]' ! -name '*-[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]*' \
+        ! -name '*.old' ! -name '*.gz' ! -name '*.bz2' ! -name '*.xz' ! -name '*.zst' -exec truncate -s 0 {} +
+    find "$located" -xdev -type f -size +0c -delete
+    forgot=yes
+}
+
+# blank PATH: an empty file, even where there was none: a boot without /etc/machine-id is the first one to systemd.
+blank() {
+    place "$1"
+    if [ -L "$located" ] || [ ! -f "$located" ] || [ -s "$located" ]; then
+        replace 444 "$located" </dev/null
+        forgot=yes
+    fi
+}
+
+# name PATH: the name that DHCP clients do not send, whatever systemd's name for the nameless is.
+name() {
+    has -s "$1" && [ -f "$located" ] || return 0
+    if ! grep -qx localhost "$located"; then
+        replace 644 "$located" <<end
+localhost
+end
+        forgot=yes
+    fi
+}
+
+# What opens every VM is told: it may be what the image is for.
+tell_what_is_left() {
+    with_keys='' with_password=''
+    if has -f /etc/passwd; then
+        while IFS=: read -r account password _ _ _ home _; do
+            ! has_keys "$home" || with_keys="$with_keys $account"
+            ! opens "$account" "$password" || with_password="$with_password $account"
+        done <"$located"
+    fi
+    [ -z "$with_keys" ] || say "left what opens every VM, authorized keys of:$with_keys"
+    [ -z "$with_password" ] || say "left what opens every VM, a password of:$with_password"
+    each /etc/ssh sshd_config tell_if_host_key
+    each /etc/ssh/sshd_config.d '*.conf' tell_if_host_key
+}
+
+has_keys() {
+    for keys in "$1/.ssh/authorized_keys" "$1/.ssh/authorized_keys2"; do
+        if has -f "$keys" && grep -q '^[[:space:]]*[^#[:space:]]' "$located"; then
+            return 0
+        fi
+    done
+    return 1
+}
+
+# opens ACCOUNT PASSWORD: whether a password, or none at all, lets one in; PASSWORD is what /etc/passwd says.
+opens() {
+    hash=$2
+    if [ "$2" = x ]; then
+        hash='*'
+        if has -f /etc/shadow; then
+            while IFS=: read -r shadow_account shadow_hash _; do
+                [ "$shadow_account" != "$1" ] || hash=$shadow_hash
+            done <"$located"
+        fi
+    fi
+    case $hash in '!'* | '*'*) return 1 ;; esac
+}
+
+tell_if_host_key() {
+    if grep -Ei '^[[:space:]]*HostKey[[:space:]=]' "$located" | grep -qv '/etc/ssh/ssh_host_'; then
+        say "left SSH host keys that every VM will have: $path names others than /etc/ssh/ssh_host_*"
+    fi
+}
+
+# running: whether the target system is the one that we run in.
+running() {
+    [ -z "$root" ] && [ -d /run/systemd/system ]
+}
+
+# What ends while the system is shut down may write once more what was forgotten: DHCP clients their leases, shells
+# their histories, systemd its random seed. So it is forgotten again after them.
+forget_again_at_shutdown() {
+    running || return 0
+    mkdir -p /run/azure-provisioning
+    cat "$here/${0##*/}" >/run/azure-provisioning/forget
+    cat >/run/systemd/system/azure-provisioning-forget.service <<'end'
+[Unit]
+Description=Forget once more what the end of this boot has written
+DefaultDependencies=no
+RequiresMountsFor=/etc /home /root /var/lib /var/log
+Before=sysinit.target networking.service systemd-random-seed.service systemd-update-utmp.service wtmpdb-update-boot.service
+Conflicts=shutdown.target
+Before=shutdown.target
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/true
+ExecStop=/bin/sh /run/azure-provisioning/forget --forget
+end
+    systemctl daemon-reload
+    systemctl start azure-provisioning-forget.service
 }
 
 # What has to hold before anything is changed.
@@ -315,7 +618,7 @@ check_sources() {
 }
 
 check_systemd() {
-    runs /usr/lib/systemd/systemd || runs /lib/systemd/systemd || refuse "no systemd in ${root:-/}"
+    runs /usr/lib/systemd/systemd || runs /lib/systemd/systemd || "$1" "no systemd in ${root:-/}"
 }
 
 # Sets python to the path that Python has in the target system.
@@ -323,7 +626,7 @@ check_python() {
     for python in /usr/bin/python3 /usr/libexec/platform-python; do # the latter is RHEL 8's
         ! python_is_whole || return 0
     done
-    refuse "no Python 3.6 or later with its standard library in ${root:-/} (Debian: libpython3-stdlib)"
+    "$1" "no Python 3.6 or later with its standard library in ${root:-/} (Debian: libpython3-stdlib)"
 }
 
 # Whether python is 3.6 or later and has its standard library.
@@ -375,14 +678,128 @@ check_place() {
     fi
 }
 
+# check_link UNIT: what is in the place of the link that enables it must be ours to replace.
 check_link() {
-    if ! place "$wants/$unit"; then
-        refuse "$wants/$unit cannot be made in ${root:-/}: $why"
+    if ! place "$wants/$1"; then
+        refuse "$wants/$1 cannot be made in ${root:-/}: $why"
     elif [ ! -L "$located" ] && [ -e "$located" ]; then
-        refuse "$wants/$unit is there in ${root:-/} and is no link: remove it"
+        refuse "$wants/$1 is there in ${root:-/} and is no link: remove it"
     elif [ -L "$located" ] && ! is_our_link; then
-        object "$wants/$unit in ${root:-/} does not lead to the unit: remove it"
+        object "$wants/$1 in ${root:-/} does not lead to the unit: remove it"
     fi
+}
+
+# Whether a VM made from this image would come up.
+
+check_installed() {
+    if ! unit_file "$unit" || ! runs "$program"; then
+        object "azure-provisioning is not installed in ${root:-/}, or masked: run install.sh first"
+    fi
+}
+
+check_network_is_for_every_vm() {
+    hex='[0-9A-Fa-f][0-9A-Fa-f]'
+    bound /etc/netplan '*.yaml' "^[^#]*macaddress[\"']?[[:space:]]*:" "match 'driver: hv_netvsc'"
+    bound /etc/systemd/network '*.network' "^[[:space:]]*(Permanent)?MACAddress[[:space:]]*=[[:space:]]*$hex" \
+        "match 'Driver=hv_netvsc'"
+    bound /etc/systemd/network '*.link' "^[[:space:]]*(Permanent)?MACAddress[[:space:]]*=[[:space:]]*$hex" \
+        "match 'Driver=hv_netvsc', or remove it"
+    bound /etc/NetworkManager/system-connections '*' "^(cloned-)?mac-address=${hex}[:-]" 'remove the line'
+    bound /etc/sysconfig/network-scripts 'ifcfg-*' "^[[:space:]]*(HWADDR|MACADDR)=[\"']?$hex" 'remove the line'
+    bound /etc/sysconfig/network 'ifcfg-*' "^[[:space:]]*(HWADDR|LLADDR)=[\"']?$hex" 'remove the line'
+    bound /etc/network interfaces "^[[:space:]]*hwaddress[[:space:]].*$hex:" 'remove the line'
+    bound /etc/network/interfaces.d '*' "^[[:space:]]*hwaddress[[:space:]].*$hex:" 'remove the line'
+    bound /etc/udev/rules.d '*.rules' "^[^#]*ATTRS?[{]address[}]==.*NAME=" 'remove the line'
+}
+
+# bound DIR PATTERN REGEX REMEDY: object to each file of DIR that has a line like REGEX.
+bound() {
+    regex=$3 remedy=$4
+    each "$1" "$2" object_if_bound
+}
+
+object_if_bound() {
+    if grep -Eq "$regex" "$located"; then
+        object "$path in ${root:-/} is bound to a MAC address, and every VM has another: $remedy"
+    fi
+}
+
+check_network_comes_up() {
+    configured=''
+    if enabled systemd-networkd.service; then
+        configures /etc/systemd/network '*.network' '^[[:space:]]*(DHCP|Address)[[:space:]]*='
+        configures /usr/local/lib/systemd/network '*.network' '^[[:space:]]*(DHCP|Address)[[:space:]]*='
+        # What systemd itself brings, 80 and something, is for containers and the like.
+        configures /usr/lib/systemd/network '[!8]*.network' '^[[:space:]]*(DHCP|Address)[[:space:]]*='
+    fi
+    if enabled networking.service; then
+        interface='iface[[:space:]]+([^l]|l[^o]|lo[^[:space:]])[^[:space:]]*[[:space:]]+inet6?[[:space:]]+(dhcp|static|auto)'
+        # Debian's own images for Azure write a file for each interface that they find.
+        configures /etc/network interfaces "^[[:space:]]*($interface|source.*/run/network)"
+        configures /etc/network/interfaces.d '*' "^[[:space:]]*$interface"
+    fi
+    if runs /usr/sbin/netplan; then
+        configures /etc/netplan '*.yaml' .
+    fi
+    for manager in NetworkManager.service 'dhcpcd*.service' 'wicked*.service' connman.service network.service; do
+        ! enabled "$manager" || configured=yes
+    done
+    if [ -z "$configured" ] && ! has -e /etc/rc3.d/S10network; then # RHEL's scripts are no unit
+        object "nothing that is enabled in ${root:-/} would configure the network: enable systemd-networkd, with a .network file that matches 'Driver=hv_netvsc', or NetworkManager, or networking, with eth0 in /etc/network/interfaces"
+    fi
+}
+
+# configures DIR PATTERN REGEX: set configured if a file of DIR has a line like REGEX.
+configures() {
+    regex=$3
+    each "$1" "$2" note_if_configured
+}
+
+note_if_configured() {
+    ! grep -Eq "$regex" "$located" || configured=yes
+}
+
+# A disk that is not there means emergency mode, without a network, unless its line has nofail.
+check_fstab() {
+    has -f /etc/fstab || return 0
+    while read -r device _ _ options _ || [ -n "$device" ]; do
+        case $device in
+            /dev/disk/azure/root* | /dev/disk/azure/os*) continue ;; # every VM has this one
+            /dev/disk/azure/* | /dev/disk/cloud/*) ;;
+            *) continue ;;
+        esac
+        case ,$options, in
+            *,nofail,* | *,noauto,*) ;;
+            *) object "/etc/fstab in ${root:-/} wants $device, which not every VM has: add nofail to its options, or remove the line" ;;
+        esac
+    done <"$located"
+}
+
+check_ssh_keys() {
+    if ssh_keys_are_ours_to_make; then
+        check_place "$units/$ssh_unit"
+        check_link "$ssh_unit"
+    fi
+}
+
+check_machine_id() {
+    if ! place /etc/machine-id || [ ! -d "${located%/*}" ]; then
+        refuse "/etc/machine-id cannot be made in ${root:-/}: ${why:-there is no /etc}"
+    elif [ ! -L "$located" ] && [ -d "$located" ]; then
+        refuse "/etc/machine-id is a directory in ${root:-/}: remove it"
+    fi
+}
+
+# Whether there is an sshd, and no unit of the distribution's that makes its host keys wherever they are missing. Debian
+# 13 has one that makes them at a first boot only, and a boot with an empty /etc/machine-id is none.
+ssh_keys_are_ours_to_make() {
+    runs /usr/sbin/sshd && runs /usr/bin/ssh-keygen || return
+    for maker in ssh.service sshd.service sshd-keygen.service sshd-keygen@.service; do
+        if unit_file "$maker" && grep -Eq '^[^#;]*(keygen|gen-?keys)' "$located" &&
+            ! grep -q '^ConditionFirstBoot=' "$located"; then
+            return 1
+        fi
+    done
 }
 
 # The command line.
@@ -396,7 +813,10 @@ while [ $# -gt 0 ]; do
             [ -n "$root" ] || misused
             shift
             ;;
-        --uninstall) action=uninstall ;;
+        --uninstall | --generalize | --forget) # the last is our own, see forget_again_at_shutdown
+            [ -z "$action" ] || misused
+            action=${1#--}
+            ;;
         --force) force=yes ;;
         -h | --help)
             echo "$usage"

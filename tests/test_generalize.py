@@ -1,0 +1,545 @@
+"""install.sh --generalize on made-up roots: what an image forgets, what it keeps, and what is no image yet."""
+
+import os
+import pty
+import re
+import shutil
+import stat
+import subprocess
+from typing import List
+
+from tests import sandbox
+from tests.test_install import INSTALL, PROGRAM, UNIT, WANTS, InstallCase
+
+SSH_UNIT = "etc/systemd/system/azure-provisioning-ssh-keys.service"
+SSH_WANTS = "etc/systemd/system/multi-user.target.wants/azure-provisioning-ssh-keys.service"
+NETWORK = "etc/systemd/network/10-eth0.network"
+
+# What a machine that was used has of its own. None of it may be in an image.
+OWN = (
+    "etc/ssh/ssh_host_rsa_key",
+    "etc/ssh/ssh_host_ed25519_key.pub",
+    "etc/ssh/ssh_host_ed25519_key-cert.pub",
+    "var/lib/dhcp/dhclient.eth0.leases",
+    "var/lib/dhclient/dhclient.leases",
+    "var/lib/dhcpcd/eth0.lease",
+    "var/lib/dhcpcd/duid",
+    "var/lib/dhcpcd5/dhcpcd-eth0.lease",
+    "etc/dhcpcd.duid",
+    "etc/dhcpcd.secret",
+    "var/lib/wicked/lease-eth0-dhcp-ipv4.xml",
+    "var/lib/systemd/network/persistent-storage",
+    "var/lib/NetworkManager/internal-0-eth0.lease",
+    "var/lib/NetworkManager/secret_key",
+    "var/lib/NetworkManager/seen-bssids",
+    "var/lib/NetworkManager/timestamps",
+    "etc/resolv.conf",
+    "var/lib/systemd/random-seed",
+    "var/lib/urandom/random-seed",
+    "efi/loader/random-seed",
+    "boot/loader/random-seed",
+    "boot/efi/loader/random-seed",
+    "var/lib/systemd/credential.secret",
+    "var/lib/waagent/ovf-env.xml",
+    "var/lib/waagent/Microsoft.Extension-1.0/config/0.settings",
+    "var/lib/cloud/instances/1/user-data.txt",
+    "var/lib/cloud/.hidden",
+    "var/lib/azure-init/1.provisioned",
+    "root/.bash_history",
+    "home/alice/.bash_history",
+    "home/alice/.python_history",
+    "home/alice/.history",
+    "home/alice/.histfile",
+    "home/alice/.local/share/fish/fish_history",
+    "srv/bob/.bash_history",
+    "var/log/journal/0123456789abcdef0123456789abcdef/system.journal",
+    "var/log/syslog.1",
+    "var/log/syslog.2.gz",
+    "var/log/messages-20260101",
+    "var/log/apt/history.log.1.xz",
+    "var/log/Xorg.0.log.old",
+    "var/lib/lastlog/lastlog2.db",
+    "var/lib/wtmpdb/wtmp.db",
+    "var/lib/dbus/machine-id",
+)
+LOGS = ("var/log/syslog", "var/log/wtmp", "var/log/btmp", "var/log/lastlog", "var/log/apt/history.log")
+# What may look like it, and belongs to the image.
+KEPT = (
+    "etc/ssh/sshd_config",
+    "etc/udev/rules.d/66-azure-storage.rules",
+    "etc/waagent.conf",
+    "etc/cloud/cloud.cfg",
+    "etc/dhcp/dhclient.conf",
+    "etc/dhcpcd.conf",
+    "etc/NetworkManager/system-connections/eth0.nmconnection",
+    "var/lib/NetworkManager/NetworkManager.state",
+    "home/alice/.bashrc",
+    "home/alice/notes",
+    "root/.profile",
+)
+
+
+class GeneralizeCase(InstallCase):
+    """A root of a machine that was used, with the program installed."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        for name in (*OWN, *LOGS, *KEPT):
+            self.write(name, "the builder's\n")
+        self.write("etc/machine-id", "0123456789abcdef0123456789abcdef\n")
+        self.write("etc/hostname", "builder\n")
+        self.write("etc/passwd", "root:x:0:0::/root:\nalice:x:1000:1000::/home/alice:/bin/sh\nbob:x:1:1::/srv/bob:\n")
+        self.write("etc/shadow", "root:*:1::::::\nalice:!:1::::::\nbob:!$6$salt$hash:1::::::\n")
+        self.unit("systemd-networkd.service")
+        self.write(NETWORK, "[Match]\nDriver=hv_netvsc\n[Network]\nDHCP=yes\n")
+        self.program("usr/sbin/sshd")
+        self.program("usr/bin/ssh-keygen")
+        self.write("usr/lib/systemd/system/ssh.service", "[Service]\nExecStart=/usr/sbin/sshd -D\n")
+        done = self.install()
+        self.assertEqual(done.returncode, 0, done)
+
+    def check_generalized(self, *arguments: str, warnings: str = "") -> str:
+        done = self.install("--generalize", *arguments)
+        self.assertEqual(done.returncode, 0, done)
+        self.assertRegex(done.stderr, rf"\A{warnings}\Z")
+        self.assertRegex(done.stdout, r"(\A|\n)generalized .*: capture it before it boots again\n\Z")
+        tree = self.tree()
+        self.assertEqual(tree["etc/machine-id"][:2], (0o100444, ""))
+        self.assertEqual(tree[WANTS][1], "/" + UNIT)
+        return done.stdout
+
+    def check_is_no_image(self, reason: str) -> None:
+        """Check that it is refused for reason and this alone, and done all the same with --force."""
+        before = self.tree()
+        done = self.install("--generalize")
+        self.assertEqual((done.returncode, done.stdout), (1, ""), done)
+        self.assertRegex(done.stderr, rf"\Ainstall\.sh: .*{reason}.*, or use --force; nothing was changed\n\Z")
+        self.assertEqual(self.tree(), before)
+        self.check_generalized("--force", warnings=rf"install\.sh: .*{reason}.*; going on all the same\n")
+
+
+class ForgetTest(GeneralizeCase):
+    """The image forgets whose it was, and nothing else."""
+
+    def test_nothing_of_the_builder_is_left(self) -> None:
+        for shell in (("sh",), ("dash",), ("busybox", "sh"), ("bash", "--posix")):
+            if not shutil.which(shell[0]):
+                continue
+            with self.subTest(shell):
+                self.setUp()
+                before = self.tree()
+                done = self.install("--generalize", shell=shell)
+                self.assertEqual((done.returncode, done.stderr), (0, ""), done)
+                after = self.tree()
+                self.assertEqual(set(OWN) & set(after), set())
+                self.assertEqual({name: after[name][1] for name in LOGS}, dict.fromkeys(LOGS, ""))
+                self.assertEqual({name: after[name][0] for name in LOGS}, {name: before[name][0] for name in LOGS})
+                self.assertEqual({name: after[name] for name in KEPT}, {name: before[name] for name in KEPT})
+                self.assertEqual(after["etc/machine-id"][:2], (0o100444, ""))
+                self.assertEqual(after["etc/hostname"][:2], (0o100644, "localhost\n"))
+                self.assertEqual(set(after) - set(before), {SSH_UNIT, SSH_WANTS})
+                left = {name for name, entry in after.items() if entry[1] == "the builder's\n"}
+                self.assertEqual(left, set(KEPT))
+
+    def test_directories_that_are_emptied_stay(self) -> None:
+        self.check_generalized()
+        for name in ("dhcp", "dhclient", "dhcpcd", "waagent", "cloud", "NetworkManager"):
+            self.assertEqual(os.path.isdir(self.path("var/lib/" + name)), True, name)
+        self.assertEqual(os.listdir(self.path("var/log/journal")), [])
+
+    def test_each_thing_that_it_forgot_is_one_line(self) -> None:
+        said = self.check_generalized()
+        for name in ("/etc/ssh/ssh_host_*", "/etc/machine-id", "/etc/hostname", "/var/lib/waagent", "~/.*_history"):
+            self.assertRegex(said, rf"(?m)^forgot {re.escape(name)}: .")
+        self.assertEqual(len(said.splitlines()), len(set(said.splitlines())))
+
+    def test_a_second_time_changes_nothing_and_says_so(self) -> None:
+        self.check_generalized()
+        before = self.tree()
+        self.assertNotIn("forgot", self.check_generalized())
+        self.assertEqual(self.tree(), before)
+
+    def test_an_image_of_an_image_is_armed_again(self) -> None:
+        self.check_generalized()
+        os.unlink(self.path(WANTS))
+        self.write("etc/machine-id", "0123456789abcdef0123456789abcdef\n")
+        self.write("etc/hostname", "web-01\n")
+        self.assertIn("forgot /etc/hostname", self.check_generalized())
+
+    def test_a_machine_id_that_means_first_boot_is_emptied(self) -> None:
+        for text in ("uninitialized\n", None):
+            with self.subTest(text):
+                self.setUp()
+                if text is None:
+                    os.unlink(self.path("etc/machine-id"))
+                else:
+                    self.write("etc/machine-id", text)
+                self.check_generalized()
+
+    def test_a_link_to_what_each_boot_makes_is_kept(self) -> None:
+        for name, target in {
+            "etc/resolv.conf": "../run/systemd/resolve/stub-resolv.conf",
+            "var/lib/dbus/machine-id": "/etc/machine-id",
+        }.items():
+            os.unlink(self.path(name))
+            self.link(target, name)
+        self.check_generalized()
+        self.assertLessEqual({"etc/resolv.conf", "var/lib/dbus/machine-id"}, set(self.tree()))
+
+    def test_a_machine_id_that_is_a_link_becomes_a_file(self) -> None:
+        os.unlink(self.path("etc/machine-id"))
+        self.link("/var/lib/dbus/machine-id", "etc/machine-id")
+        self.check_generalized()
+
+    def test_an_interruption_leaves_no_image_that_looks_done(self) -> None:
+        # Whatever command fails, or is the last: the machine ID is still there, and a second run does the rest.
+        for command in ("chmod", "truncate", "find", "mktemp", "ln", "grep"):
+            with self.subTest(command):
+                self.setUp()
+                failing = f'mkdir /run/bin; printf "#!/bin/sh\\nkill -9 \\$PPID\\n" >/run/bin/{command}; '
+                failing += f"chmod 755 /run/bin/{command}; PATH=/run/bin:$PATH"
+                done = self.install("--generalize", first=failing)
+                self.assertNotEqual(done.returncode, 0, done)
+                self.assertNotIn("generalized", done.stdout)
+                self.assertNotEqual(self.tree()["etc/machine-id"][1], "")
+                self.check_generalized()
+                self.assertEqual(set(OWN) & set(self.tree()), set())
+
+    def test_a_step_that_fails_ends_it_before_it_looks_done(self) -> None:
+        failing = f"mount --bind '{self.root}/etc/resolv.conf' '{self.root}/etc/resolv.conf'"
+        done = self.install("--generalize", first=failing)
+        self.assertNotEqual(done.returncode, 0, done)
+        self.assertIn("half-way", done.stderr)
+        self.assertNotIn("generalized", done.stdout)
+        self.assertNotEqual(self.tree()["etc/machine-id"][1], "")
+
+    def test_the_preset_stays(self) -> None:
+        before = self.tree()["etc/systemd/system-preset/00-azure-provisioning.preset"]
+        self.check_generalized()
+        self.assertEqual(self.tree()["etc/systemd/system-preset/00-azure-provisioning.preset"], before)
+
+    def test_who_sits_at_a_terminal_is_asked(self) -> None:
+        # The running system is one of file systems in memory, and of the machine's /usr, which is not written to.
+        code = """
+            for d in /etc /usr/local /run /var /home /root /boot /efi; do
+                [ ! -d $d ] || mount -t tmpfs tmpfs $d || exit
+            done
+            echo 0123 >/etc/machine-id
+            sh "$0" --generalize --force
+            status=$?
+            cat /etc/machine-id
+            exit $status
+        """
+        for answer, status in (("y\n", 0), ("YES\n", 0), ("n\n", 1), ("\n", 1), ("\x04", 1), (None, 0)):
+            with self.subTest(answer):
+                ours, theirs = pty.openpty()
+                if answer:
+                    os.write(ours, answer.encode())
+                done = subprocess.run(
+                    [*sandbox.unshare_command(), "sh", "-c", code, INSTALL],
+                    stdin=theirs if answer else subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    encoding="utf-8",
+                    timeout=60,
+                    check=False,
+                )
+                os.close(ours)
+                os.close(theirs)
+                self.assertEqual(done.returncode, status, done)
+                self.assertEqual("Go on? [y/N]" in done.stderr, answer is not None)
+                self.assertEqual(done.stdout.endswith("0123\n"), status == 1)
+
+
+class OutsideTest(GeneralizeCase):
+    """Links in the image lead nowhere else."""
+
+    def test_links_in_a_directory_that_is_emptied_are_removed_and_not_followed(self) -> None:
+        for name in ("var/lib/cloud/link", "var/log/journal/link", "var/lib/waagent/a/b"):
+            self.link(self.outside, name)
+            self.link(self.outside + "/victim", name + "-to-a-file")
+        self.check_generalized()
+        self.assertEqual(os.listdir(self.path("var/lib/cloud")), [])
+
+    def test_links_among_the_logs_are_not_followed(self) -> None:
+        self.link(self.outside, "var/log/directory")
+        self.link(self.outside + "/victim", "var/log/file.log")
+        self.check_generalized()
+        self.assertLessEqual({"var/log/directory", "var/log/file.log"}, set(self.tree()))
+
+    def test_a_directory_that_is_reached_through_a_link_is_the_image_s(self) -> None:
+        for name in ("var/lib/waagent", "var/log", "etc/ssh", "home", "var/lib/NetworkManager"):
+            with self.subTest(name):
+                self.setUp()
+                os.makedirs(self.outside + "/waagent")
+                inside = os.path.join(self.root, self.outside[1:], "elsewhere")
+                os.makedirs(os.path.dirname(inside))
+                os.rename(self.path(name), inside)
+                self.link(self.outside + "/elsewhere", name)
+                shutil.copytree(inside, self.outside + "/elsewhere")
+                self.check_generalized()
+                left = {file for file, entry in self.tree().items() if entry[1] == "the builder's\n"}
+                self.assertEqual(len(left), len(KEPT), left)
+
+    def test_a_file_that_is_a_link_is_removed_and_not_its_target(self) -> None:
+        for name in ("etc/ssh/ssh_host_rsa_key", "root/.bash_history", "var/lib/systemd/random-seed"):
+            os.unlink(self.path(name))
+            self.link(self.outside + "/victim", name)
+        for name in ("etc/machine-id", "etc/hostname"):
+            os.unlink(self.path(name))
+            self.link(self.outside + "/victim", name)
+        self.check_generalized()
+        self.assertNotIn("etc/ssh/ssh_host_rsa_key", self.tree())
+
+    def test_a_file_that_has_another_name_outside_is_not_cut(self) -> None:
+        os.link(self.outside + "/victim", self.path("var/log/linked.log"))
+        os.link(self.outside + "/victim", self.path("root/.bash_history2_history"))
+        self.check_generalized()
+        self.assertNotIn("var/log/linked.log", self.tree())
+
+    def test_what_is_no_file_is_not_read(self) -> None:
+        fifos = ("etc/fstab", "etc/shadow", "etc/netplan/x.yaml", "home/alice/.ssh/authorized_keys", "var/log/x.log")
+        for name in fifos:
+            if os.path.exists(self.path(name)):
+                os.unlink(self.path(name))
+            os.mkfifo(self.path(name))
+        self.check_generalized()
+        self.assertEqual([name for name in fifos if not stat.S_ISFIFO(os.lstat(self.path(name)).st_mode)], [])
+
+    def test_another_file_system_in_a_log_directory_is_not_entered(self) -> None:
+        os.mkdir(self.path("var/log/mounted"))
+        check = "grep -q secret" + f" '{self.root}/var/log/mounted/file'"
+        code = f"mount -t tmpfs tmpfs '{self.root}/var/log/mounted'; echo secret >'{self.root}/var/log/mounted/file'"
+        done = self.install("--generalize", first=code, shell=("sh", "-c", f'sh "$@" && {check}', "sh"))
+        self.assertEqual(done.returncode, 0, done)
+
+    def test_a_directory_in_place_of_the_machine_id_is_refused(self) -> None:
+        os.unlink(self.path("etc/machine-id"))
+        os.mkdir(self.path("etc/machine-id"))
+        before = self.tree()
+        done = self.install("--generalize", "--force")
+        self.assertEqual((done.returncode, done.stdout), (1, ""), done)
+        self.assertIn("/etc/machine-id is a directory", done.stderr)
+        self.assertEqual(self.tree(), before)
+
+
+class HostKeysTest(GeneralizeCase):
+    """A unit makes host keys where nothing else does it."""
+
+    def test_it_is_there_only_with_an_sshd_that_has_no_such_unit(self) -> None:
+        service = "[Service]\nExecStart=/usr/sbin/sshd -D\n"
+        first_boot = "[Unit]\nConditionFirstBoot=yes\n[Service]\nExecStart=ssh-keygen -A\n"
+        for name, units, wanted in (
+            ("Debian 12", {"ssh.service": service}, True),
+            ("Debian 13", {"ssh.service": service, "sshd-keygen.service": first_boot}, True),
+            ("Fedora", {"sshd.service": "[Unit]\nWants=sshd-keygen.target\n" + service}, False),
+            ("Arch", {"sshd.service": "[Unit]\nWants=sshdgenkeys.service\n" + service}, False),
+            ("openSUSE", {"sshd.service": service + "ExecStartPre=/usr/sbin/sshd-gen-keys-start\n"}, False),
+            ("a later Debian", {"ssh.service": service, "sshd-keygen.service": first_boot[32:]}, False),
+            ("none", {}, False),
+        ):
+            with self.subTest(name):
+                self.setUp()
+                os.unlink(self.path("usr/lib/systemd/system/ssh.service"))
+                if not units:
+                    os.unlink(self.path("usr/sbin/sshd"))
+                for unit, text in units.items():
+                    self.write("usr/lib/systemd/system/" + unit, text)
+                self.check_generalized()
+                self.assertEqual((SSH_UNIT in self.tree(), SSH_WANTS in self.tree()), (wanted, wanted))
+
+    def test_it_makes_only_what_is_missing_and_is_skipped_where_nothing_is(self) -> None:
+        self.check_generalized()
+        text = str(self.tree()[SSH_UNIT][1])
+        for kind in ("rsa", "ecdsa", "ed25519"):
+            self.assertIn(f"\nConditionFileNotEmpty=|!/etc/ssh/ssh_host_{kind}_key\n", text)
+        self.assertIn("\nExecStart=/usr/bin/ssh-keygen -A\n", text)
+        self.assertIn("\nBefore=ssh.service sshd.service ssh.socket sshd.socket\n", text)
+
+    def test_somebody_elses_unit_of_that_name_is_kept(self) -> None:
+        self.write(SSH_UNIT, "[Service]\nExecStart=/bin/true\n")
+        self.check_is_no_image("somebody changed /" + SSH_UNIT)
+
+    def test_uninstall_takes_it_away(self) -> None:
+        self.check_generalized()
+        self.assertEqual(self.install("--uninstall").returncode, 0)
+        self.assertEqual({SSH_UNIT, SSH_WANTS, PROGRAM, UNIT} & set(self.tree()), set())
+
+
+class NoImageTest(GeneralizeCase):
+    """What no VM would come up from is refused, with what to do."""
+
+    def test_a_network_that_is_bound_to_a_mac_address(self) -> None:
+        mac = "00:0d:3a:12:34:56"
+        for name, text in (
+            ("etc/netplan/50-cloud-init.yaml", f"ethernets:\n  eth0:\n    match:\n      macaddress: {mac}\n"),
+            ("etc/netplan/a.yaml", f"ethernets: {{eth0: {{match: {{\"macaddress\": '{mac}'}}}}}}\n"),
+            (NETWORK, f"[Match]\nMACAddress={mac}\n[Network]\nDHCP=yes\n"),
+            ("etc/systemd/network/b.network", f"[Match]\n  PermanentMACAddress = {mac}\n"),
+            ("etc/systemd/network/c.link", f"[Match]\nMACAddress={mac}\n[Link]\nName=lan\n"),
+            ("etc/NetworkManager/system-connections/x.nmconnection", f"[ethernet]\nmac-address={mac}\n"),
+            ("etc/NetworkManager/system-connections/x", f"[ethernet]\ncloned-mac-address={mac}\n"),
+            ("etc/sysconfig/network-scripts/ifcfg-eth0", f'DEVICE=eth0\nHWADDR="{mac}"\n'),
+            ("etc/network/interfaces", f"iface eth0 inet dhcp\n  hwaddress ether {mac}\n"),
+            ("etc/network/interfaces.d/eth0", f"iface eth0 inet dhcp\n  hwaddress {mac}\n"),
+            ("etc/udev/rules.d/70-persistent-net.rules", f'SUBSYSTEM=="net", ATTR{{address}}=="{mac}", NAME="eth0"\n'),
+        ):
+            with self.subTest(name):
+                self.setUp()
+                self.write(name, text)
+                self.check_is_no_image(f"/{name} in .* is bound to a MAC address")
+
+    def test_a_network_that_is_not_bound(self) -> None:
+        for name, text in (
+            ("etc/netplan/50.yaml", "ethernets:\n  eth0:\n    match: {driver: hv_netvsc}\n    # macaddress: 00:0d\n"),
+            ("etc/systemd/network/b.network", "[Match]\nName=eth0\n#MACAddress=00:0d:3a:12:34:56\n"),
+            ("etc/systemd/network/c.link", "[Match]\nDriver=hv_netvsc\n[Link]\nMACAddressPolicy=persistent\n"),
+            ("etc/systemd/network/d.netdev", "[NetDev]\nName=br0\nMACAddress=00:0d:3a:12:34:56\n"),
+            ("etc/NetworkManager/system-connections/x", "[ethernet]\ncloned-mac-address=preserve\n"),
+            ("etc/network/interfaces", "iface eth0 inet dhcp\n  hwaddress random\n"),
+            ("etc/udev/rules.d/80-x.rules", 'SUBSYSTEM=="net", DRIVERS=="hv_netvsc", NAME="eth0"\n'),
+        ):
+            self.write(name, text)
+        self.check_generalized()
+
+    def no_network(self) -> None:
+        self.setUp()
+        os.unlink(self.path("etc/systemd/system/multi-user.target.wants/systemd-networkd.service"))
+
+    def test_nothing_that_would_configure_the_network(self) -> None:
+        self.no_network()
+        self.check_is_no_image("nothing that is enabled in .* would configure the network: enable")
+        for unit, name, text in (
+            ("NetworkManager.service", "", ""),
+            ("networking.service", "etc/network/interfaces", "auto lo eth0\niface eth0 inet dhcp\n"),
+            ("networking.service", "etc/network/interfaces", "source-directory /run/network/interfaces.d\n"),
+            ("networking.service", "etc/network/interfaces.d/x", "auto eth0\niface eth0 inet static\n"),
+            ("dhcpcd.service", "", ""),
+            ("systemd-networkd.service", "usr/local/lib/systemd/network/x.network", "[Network]\nAddress=10.0.0.4/24\n"),
+            ("systemd-networkd.service", "usr/lib/systemd/network/zz.network", "[Network]\nDHCP=ipv4\n"),
+        ):
+            with self.subTest(unit, name=name):
+                self.no_network()
+                os.unlink(self.path(NETWORK))
+                self.unit(unit)
+                if name:
+                    self.check_is_no_image("nothing that is enabled in")
+                    self.write("etc/machine-id", "0123\n")
+                    self.write(name, text)
+                self.check_generalized()
+        self.no_network()
+        self.program("usr/sbin/netplan")
+        self.write("etc/netplan/01.yaml", "network: {}\n")
+        self.check_generalized()
+
+    def test_what_configures_other_interfaces_does_not_count(self) -> None:
+        for unit, name, text in (
+            ("networking.service", "etc/network/interfaces", "auto lo\niface lo inet loopback\n"),
+            ("networking.service", "etc/network/interfaces", "# iface eth0 inet dhcp\n"),
+            ("systemd-networkd.service", "usr/lib/systemd/network/80-container-host0.network", "[Network]\nDHCP=yes\n"),
+            ("systemd-networkd.service", "etc/systemd/network/x.network", "[Match]\nName=eth0\n"),
+        ):
+            with self.subTest(name):
+                self.no_network()
+                os.unlink(self.path(NETWORK))
+                self.unit(unit)
+                self.write(name, text)
+                self.check_is_no_image("nothing that is enabled in")
+
+    def test_a_manager_that_is_masked_or_removed_does_not_count(self) -> None:
+        self.link("/dev/null", "etc/systemd/system/systemd-networkd.service")
+        self.check_is_no_image("nothing that is enabled in")
+        self.setUp()
+        os.unlink(self.path("usr/lib/systemd/system/systemd-networkd.service"))
+        self.check_is_no_image("nothing that is enabled in")
+
+    def test_another_agent(self) -> None:
+        self.unit("waagent.service")
+        self.check_is_no_image("waagent is enabled in")
+
+    def test_no_python(self) -> None:
+        os.unlink(self.path("usr/bin/python3"))
+        self.check_is_no_image("no Python 3.6 or later")
+
+    def test_no_systemd(self) -> None:
+        os.unlink(self.path("usr/lib/systemd/systemd"))
+        self.check_is_no_image("no systemd in")
+
+    def test_a_unit_that_is_masked(self) -> None:
+        os.unlink(self.path(UNIT))
+        self.link("/dev/null", UNIT)
+        self.check_is_no_image("azure-provisioning is not installed in .*, or masked: run install.sh first")
+
+    def test_not_installed(self) -> None:
+        for name in (UNIT, PROGRAM):
+            with self.subTest(name):
+                self.setUp()
+                os.unlink(self.path(name))
+                self.check_is_no_image("azure-provisioning is not installed in")
+
+    def test_a_disk_that_not_every_vm_has(self) -> None:
+        for line, refused in (
+            ("/dev/disk/cloud/azure_resource-part1 /mnt auto defaults,comment=cloudconfig 0 2", True),
+            ("/dev/disk/azure/scsi1/lun0-part1\t/data\text4\tdefaults\t0\t2", True),
+            ("/dev/disk/azure/resource-part1 /mnt auto defaults", True),
+            ("/dev/disk/azure/resource-part1 none swap sw,xnofail", True),
+            ("/dev/disk/cloud/azure_resource-part1 /mnt auto defaults,nofail 0 2", False),
+            ("/dev/disk/cloud/azure_resource-part1 /mnt auto noauto 0 2", False),
+            ("/dev/disk/azure/root-part1 / ext4 defaults 0 1", False),
+            ("# /dev/disk/cloud/azure_resource-part1 /mnt auto defaults 0 2", False),
+            ("UUID=1-2-3 / ext4 defaults 0 1", False),
+        ):
+            for end in ("\n", ""):
+                with self.subTest(line + end):
+                    self.setUp()
+                    self.write("etc/fstab", "# fstab\n" + line + end)
+                    if refused:
+                        self.check_is_no_image("/etc/fstab in .* wants /dev/disk/.*: add nofail")
+                    else:
+                        self.check_generalized()
+
+    def test_all_reasons_are_told_at_once_and_nothing_is_changed(self) -> None:
+        self.no_network()
+        os.unlink(self.path("usr/bin/python3"))
+        self.unit("cloud-init.service")
+        self.write("etc/fstab", "/dev/disk/cloud/azure_resource-part1 /mnt auto defaults 0 2\n")
+        self.write("etc/netplan/x.yaml", "macaddress: 1\n")
+        before = self.tree()
+        done = self.install("--generalize")
+        self.assertEqual(len(done.stderr.splitlines()), 5, done)
+        self.assertEqual(self.tree(), before)
+
+
+class LeftTest(GeneralizeCase):
+    """What opens every VM is told by name, and kept."""
+
+    def left(self, *arguments: str) -> List[str]:
+        return [line for line in self.check_generalized(*arguments).splitlines() if line.startswith("left ")]
+
+    def test_nothing_opens_every_vm(self) -> None:
+        self.write("home/alice/.ssh/authorized_keys", "# none\n\n")
+        self.assertEqual(self.left(), [])
+
+    def test_accounts_with_keys(self) -> None:
+        self.write("home/alice/.ssh/authorized_keys", "# mine\nssh-ed25519 AAAA alice\n")
+        self.write("root/.ssh/authorized_keys2", "ssh-ed25519 AAAA root")
+        self.assertEqual(self.left(), ["left what opens every VM, authorized keys of: root alice"])
+        self.assertIn("home/alice/.ssh/authorized_keys", self.tree())
+
+    def test_accounts_with_passwords(self) -> None:
+        self.write("etc/shadow", "root:$y$hash:1::::::\nalice::1::::::\nbob:!$6$hash:1::::::\n")
+        self.assertEqual(self.left(), ["left what opens every VM, a password of: root alice"])
+
+    def test_a_password_where_everybody_may_read_it(self) -> None:
+        self.write("etc/passwd", "root:*:0:0::/root:\nalice:hash:1000:1000::/home/alice:/bin/sh\n")
+        self.assertEqual(self.left(), ["left what opens every VM, a password of: alice"])
+
+    def test_host_keys_elsewhere(self) -> None:
+        self.write("etc/ssh/sshd_config", "#HostKey /etc/ssh/ssh_host_rsa_key\nHostKey /etc/ssh/ssh_host_ed25519_key\n")
+        self.assertEqual(self.left(), [])
+        self.write("etc/ssh/sshd_config.d/x.conf", "hostkey /srv/key\n")
+        self.assertRegex(self.left()[0], "left SSH host keys that every VM will have: /etc/ssh/sshd_config.d/x.conf")
+
+    def test_names_cannot_command_the_terminal(self) -> None:
+        self.write("etc/passwd", "a\x1b[2Jb:hash:1000:1000::/home/alice:/bin/sh\n")
+        self.assertEqual(self.left(), ["left what opens every VM, a password of: a?[2Jb"])
