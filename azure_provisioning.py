@@ -145,8 +145,10 @@ def exchange(
     """
     asked = f"{method} http://{address}{path}"
     host, _, port = address.partition(":")
-    lines = [f"{method} {path} HTTP/1.1", f"Host: {address}", "Connection: close", f"Content-Length: {len(body)}"]
+    lines = [f"{method} {path} HTTP/1.1", f"Host: {address}", "Connection: close"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
+    if body:
+        lines.append(f"Content-Length: {len(body)}")
     request = "\r\n".join([*lines, "\r\n"]).encode("ascii") + body
     limit = deadline - time.monotonic()
     answer = None
@@ -619,15 +621,11 @@ def network_manager(interface: str) -> "Optional[Renewal]":
     """NetworkManager: `nmcli device reapply` does not send the name. A lease from the initrd's is in /run."""
     device = read_file(f"/run/NetworkManager/devices/{socket.if_nametoindex(interface)}")
     connection = re.search("(?m)^connection-uuid=(.+)", device)
-    leases = [
-        file for directory in NETWORK_MANAGER_LEASES if os.path.isdir(directory) for file in os.listdir(directory)
-    ]
+    directories = filter(os.path.isdir, ("/var/lib/NetworkManager", "/run/NetworkManager"))
+    leases = [file for directory in directories for file in os.listdir(directory)]
     if not connection or not any(file.endswith(f"{connection.group(1)}-{interface}.lease") for file in leases):
         return None
     return renewal_by("nmcli", "--wait", f"{COMMAND_LIMIT:.0f}", "device", "connect", interface)
-
-
-NETWORK_MANAGER_LEASES = ("/var/lib/NetworkManager", "/run/NetworkManager")
 
 
 def ifupdown(interface: str) -> "Optional[Renewal]":
