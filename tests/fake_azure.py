@@ -37,6 +37,9 @@ from xml.sax.saxutils import escape
 
 WIRESERVER = "wireserver"
 IMDS = "imds"
+# WireServer's neighbour at the same address, of which waagent asks for settings. It has none for this VM.
+HOST_PLUGIN = "hostplugin"
+HOST_PLUGIN_PORT = 32526
 
 VM_ID = "5ca1ab1e-0000-4000-8000-000000000001"
 MAC_ADDRESS = "000D3A00CAFE"
@@ -204,7 +207,7 @@ class FakeAzure:
             {"keyData": key, "path": f"/home/{admin_username}/.ssh/authorized_keys"} for key in public_keys
         ]
         script = script or {}
-        self.script = {service: list(script.get(service, [])) for service in (WIRESERVER, IMDS)}
+        self.script = {service: list(script.get(service, [])) for service in (WIRESERVER, HOST_PLUGIN, IMDS)}
         self.imds_versions = sorted(IMDS_VERSIONS if imds_versions is None else imds_versions)
         self.throttle = throttle
         self.drip_pause = drip_pause
@@ -278,8 +281,10 @@ class FakeAzure:
 
     def answer(self, request: Dict[str, Any]) -> Answer:
         """Return status, headers and body of the right answer to a request, to which a health report is added."""
-        if request["service"] == WIRESERVER:
+        if request["service"] != IMDS:
             try:
+                if request["service"] == HOST_PLUGIN:
+                    raise RefusedError(404, "There are no settings")
                 return self.wireserver(request)
             except RefusedError as refused:
                 title = responses[refused.status]
@@ -556,7 +561,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_HEAD = handle_any  # noqa: N815
 
     def version_string(self) -> str:
-        return "Microsoft-HTTPAPI/2.0" if self.server.service == WIRESERVER else "IMDS/150.870.65.1854"
+        return "IMDS/150.870.65.1854" if self.server.service == IMDS else "Microsoft-HTTPAPI/2.0"
 
     def head(self, status: int, headers: Dict[str, str], length: int) -> None:
         self.send_response(status)
@@ -695,6 +700,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
         if service not in options.absent:
             host, port = getattr(options, service).rsplit(":", 1)
             address = azure.listen(service, host, int(port))
+            if service == WIRESERVER and port == "80":
+                azure.listen(HOST_PLUGIN, host, HOST_PLUGIN_PORT)
             if not options.json:
                 print(service, "at", address, flush=True)
     with azure, contextlib.suppress(KeyboardInterrupt):

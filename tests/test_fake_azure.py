@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from xml.etree import ElementTree
 
 from tests import sandbox
-from tests.fake_azure import IMDS, MAC_ADDRESS, VM_ID, WIRESERVER, FakeAzure
+from tests.fake_azure import HOST_PLUGIN, IMDS, MAC_ADDRESS, VM_ID, WIRESERVER, FakeAzure
 
 VERSION = {"x-ms-version": "2012-11-30"}
 AGENT = dict(VERSION, **{"x-ms-agent-name": "test", "Content-Type": "text/xml;charset=utf-8"})
@@ -184,6 +184,9 @@ class WireServerTest(Case):
                 self.azure.move()
                 self.assertEqual(ask(address, "GET", path, VERSION)[0], 404)
                 self.azure.moves, self.azure.incarnation = 0, 3
+
+    def test_the_host_plugin_has_no_settings(self) -> None:
+        self.assertEqual(ask(self.start(HOST_PLUGIN), "GET", "/vmSettings", {"x-ms-version": "2015-09-01"})[0], 404)
 
     def test_an_error_is_a_page_of_html(self) -> None:
         health = "<Health><State>&lt;Done&gt;</State></Health>"

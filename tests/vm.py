@@ -268,6 +268,9 @@ class Azure:
             "--bind-interfaces",
             "--dhcp-authoritative",
             "--dhcp-range=10.0.0.100,10.0.0.200,infinite",
+            # As Azure's: the routes to its services beside the default one, and where WireServer is.
+            "--dhcp-option=121," + ",".join(f"{network},{ROUTER}" for network in ("0.0.0.0/0", *ADDRESSES[1:])),
+            "--dhcp-option-force=245," + sandbox.ADDRESSES["wireserver"],
             "--dhcp-leasefile=" + self.leases_file,
             output=self.dhcp_log,
             wrap=self.enter(),
@@ -609,11 +612,13 @@ class Case:
         test.assertEqual(vm.unit_journal().count("Starting"), 0)
 
 
-def cases(case: Any, suffix: str, variable: str) -> "Dict[str, Type[unittest.TestCase]]":
+def cases(
+    case: Any, suffix: str, variable: str, releases: Sequence[str] = RELEASES
+) -> "Dict[str, Type[unittest.TestCase]]":
     """Return a test case a release, skipped unless the environment variable asks for it."""
     wanted = os.environ.get(variable, "")
     found: Dict[str, Type[unittest.TestCase]] = {}
-    for release in RELEASES:
+    for release in releases:
         name = release.capitalize() + suffix
         made: Any = type(name, (case, unittest.TestCase), {"release": release, "__module__": case.__module__})
         if wanted != "1" and release not in wanted.split(","):
