@@ -262,6 +262,7 @@ def join_chunks(data: bytes) -> "Optional[bytes]":
 
 WIRESERVER_HEADERS = {"x-ms-version": "2012-11-30", "x-ms-agent-name": "azure-provisioning"}
 DESCRIPTION_LIMIT = 512  # characters
+GOAL_STATE_LIMIT = 1 << 14  # characters; a real one has some 4 KiB
 
 
 def fetch_goal_state(address: str, deadline: float) -> "Dict[str, str]":
@@ -270,6 +271,9 @@ def fetch_goal_state(address: str, deadline: float) -> "Dict[str, str]":
     Raises ProvisioningError if there is no answer, or if it is not a goal state with all three.
     """
     text = exchange(address, deadline, "GET", "/machine?comp=goalstate", WIRESERVER_HEADERS)
+    # The parser copies a namespace into each name that is in it: a mebibyte would become gigabytes.
+    if len(text) > GOAL_STATE_LIMIT:
+        raise ProvisioningError(f"the goal state of {address} has more than {GOAL_STATE_LIMIT} characters: refused")
     # Entities that multiply are looked for in the text, not by the parser that would expand them. To it a NUL means
     # UTF-16, whatever encoding it is told, and the declaration would be other bytes.
     if "<!DOCTYPE" in text or "\0" in text:
