@@ -86,11 +86,12 @@ def log(priority: int, message: str) -> None:
 
 def open_standard_streams() -> None:
     """Open those of the three standard streams that are closed, or a message would go into the next socket's."""
-    while True:
-        descriptor = os.open(os.devnull, os.O_RDWR)
-        if descriptor > 2:
-            os.close(descriptor)
-            return
+    with contextlib.suppress(OSError):  # no /dev/null is no reason not to report
+        while True:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor > 2:
+                os.close(descriptor)
+                return
 
 
 # Trying again: on a network that is coming up, a refusal now is an answer in a minute.

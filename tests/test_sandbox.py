@@ -401,6 +401,15 @@ class OutputTest(SandboxCase):
                 self.assertEqual(result.status, 0, result)
                 self.check_ready(result)
 
+    def test_ready_is_reported_where_there_is_no_dev_null(self) -> None:
+        for streams in ("", ">&- 2>&-"):
+            with self.subTest(streams):
+                result = self.vm_command(
+                    "sh", "-c", f'mount -t tmpfs tmpfs /dev; "$@" {streams}', "sh", *SCRIPT, "ready"
+                )
+                self.assertEqual(result.status, 0, result)
+                self.check_ready(result, sandbox.IMAGE_NAME)
+
     def test_streams_that_are_closed_are_not_taken_for_those_of_the_services(self) -> None:
         for streams in (">&- 2>&-", "<&- >&- 2>&-", "2>&-"):
             with self.subTest(streams):
