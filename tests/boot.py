@@ -8,9 +8,8 @@ import contextlib
 import os
 import signal
 import subprocess
-from typing import Sequence
 
-from tests.vm import BOOTED, VM, WORK, Azure, children_of, wait_for
+from tests.vm import BOOTED, VM, WORK, Azure, Lab, children_of, wait_for
 
 TOOLS = ("mmdebstrap", "systemd-nspawn", "dnsmasq", "setpriv", "nsenter", "unshare", "ip")
 
@@ -33,9 +32,13 @@ class Container(VM):
     packages = (
         "systemd,systemd-sysv,dbus,python3-minimal,libpython3-stdlib,iproute2,network-manager,ifupdown,isc-dhcp-client"
     )
-    # The package of the other agent, to be unpacked where a test wants it.
-    hooks: Sequence[str] = ("--customize-hook=chroot $1 sh -c 'cd /var/cache && apt-get download cloud-init'",)
     pid = 0
+
+    @classmethod
+    def pristine(cls, lab: Lab, release: str) -> str:
+        # With the package of the other agent, to be unpacked where a test wants it.
+        hook = "--customize-hook=chroot $1 sh -c 'cd /var/cache && apt-get download cloud-init'"
+        return lab.root(release, cls.packages, hook)
 
     def boot(self, azure: Azure) -> "Container":
         """Switch it on, its network cable plugged into azure."""

@@ -27,7 +27,6 @@ class Image(Container):
     """A container as one would make an image of it. DHCP clients that it does not use are disabled, not masked."""
 
     packages = Container.packages + ",openssh-server,sudo"
-    hooks: Sequence[str] = ()
     others = "disable"
 
 

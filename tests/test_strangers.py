@@ -7,7 +7,7 @@ container lacks of a VM on Azure is told to them, and what they wait for in vain
 import json
 import unittest
 from contextlib import ExitStack
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Tuple
 
 from tests import boot
 from tests.boot import Container
@@ -32,7 +32,6 @@ class Stranger(Container):
     """A container with the agents of others. Debian's waagent conflicts with NetworkManager."""
 
     packages = "systemd,systemd-sysv,dbus,python3-minimal,libpython3-stdlib,iproute2,isc-dhcp-client,cloud-init,waagent"
-    hooks: Sequence[str] = ()
 
 
 class StrangersCase(Case):
@@ -125,7 +124,7 @@ class StrangersCase(Case):
         test.assertIn("Error mounting dvd", report["description"])
 
 
-globals().update(cases(StrangersCase, "StrangersTest", VARIABLE, releases=("bookworm", "trixie")))
+globals().update(cases(StrangersCase, "StrangersTest", VARIABLE, "bookworm", "trixie"))
 
 if __name__ == "__main__":
     unittest.main()

@@ -316,10 +316,13 @@ class Azure:
 
 
 # What each DHCP client needs to own eth0. The others are masked, for presets would start them at the first boot.
+INTERFACES = "auto lo\niface lo inet loopback\n{} eth0\niface eth0 inet dhcp\n"
 NETWORK = {
     "networkd": {"etc/systemd/network/10-eth0.network": "[Match]\nName=eth*\n[Network]\nDHCP=ipv4\n"},
     "NetworkManager": {},
-    "ifupdown": {"etc/network/interfaces": "auto lo\niface lo inet loopback\nauto eth0\niface eth0 inet dhcp\n"},
+    "ifupdown": {"etc/network/interfaces": INTERFACES.format("auto")},
+    # As Debian's installer writes it.
+    "ifupdown, allow-hotplug": {"etc/network/interfaces": INTERFACES.format("allow-hotplug")},
 }
 UNITS = {
     "networkd": ["systemd-networkd.service", "systemd-networkd.socket", "systemd-networkd-wait-online.service"],
@@ -329,6 +332,7 @@ UNITS = {
         "NetworkManager-dispatcher.service",
     ],
     "ifupdown": ["networking.service"],
+    "ifupdown, allow-hotplug": ["networking.service"],
 }
 # Not what is booted for: timers that would reach for the Internet.
 MASKED = ["apt-daily.timer", "apt-daily-upgrade.timer", "e2scrub_all.timer", "e2scrub_reap.service"]
@@ -342,7 +346,6 @@ class VM:
     """
 
     packages = ""
-    hooks: Sequence[str] = ()
     patience = 1.0  # how much longer than a container it takes
     count = 0
 
@@ -358,7 +361,7 @@ class VM:
         self.name = f"vm{VM.count}"
         self.power = Processes()
         self.console = tempfile.TemporaryFile()  # noqa: SIM115
-        lower = image.root if image else lab.root(release, self.packages, *self.hooks)
+        lower = image.root if image else self.pristine(lab, release)
         base = f"{WORK}/{self.name}"
         self.root: str = base + "/root"
         lab.run("mkdir", "-p", base + "/upper", base + "/work", self.root)
@@ -378,6 +381,11 @@ class VM:
         self.systemctl("mask", *MASKED)
         if install:
             self.install()
+
+    @classmethod
+    def pristine(cls, lab: Lab, release: str) -> str:
+        """Return the directory, in the lab, of the root that VMs of release begin with."""
+        return lab.root(release, cls.packages)
 
     def __enter__(self) -> Any:
         return self
@@ -521,12 +529,16 @@ def explained(vm: VM, azure: Azure) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for title, text in (
-            ("console", vm.console_text()),
-            ("journal", vm.journal()),
-            ("Azure", azure.text(azure.log)),
-            ("DHCP server", azure.text(azure.dhcp_log)),
+        for title, tell in (
+            ("console", vm.console_text),
+            ("journal", vm.journal),
+            ("Azure", lambda: azure.text(azure.log)),
+            ("DHCP server", lambda: azure.text(azure.dhcp_log)),
         ):
+            try:
+                text = tell()
+            except AssertionError as error:
+                text = f"({error})"
             print(f"\n===== {vm.release}, {vm.client}: {title}\n{text}", flush=True)
         raise
 
@@ -546,7 +558,7 @@ class Case:
             raise AssertionError(f"booting takes root and {', '.join(cls.tools)}; missing: {missing}")
         cls.lab = Lab()
         try:
-            cls.lab.root(cls.release, cls.vm.packages, *cls.vm.hooks)
+            cls.vm.pristine(cls.lab, cls.release)
         except BaseException:
             cls.lab.close()
             raise
@@ -612,13 +624,11 @@ class Case:
         test.assertEqual(vm.unit_journal().count("Starting"), 0)
 
 
-def cases(
-    case: Any, suffix: str, variable: str, releases: Sequence[str] = RELEASES
-) -> "Dict[str, Type[unittest.TestCase]]":
-    """Return a test case a release, skipped unless the environment variable asks for it."""
+def cases(case: Any, suffix: str, variable: str, *releases: str) -> "Dict[str, Type[unittest.TestCase]]":
+    """Return a test case a release (of all, if none is named), skipped unless the environment variable asks for it."""
     wanted = os.environ.get(variable, "")
     found: Dict[str, Type[unittest.TestCase]] = {}
-    for release in releases:
+    for release in releases or RELEASES:
         name = release.capitalize() + suffix
         made: Any = type(name, (case, unittest.TestCase), {"release": release, "__module__": case.__module__})
         if wanted != "1" and release not in wanted.split(","):

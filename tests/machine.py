@@ -1,0 +1,287 @@
+"""Boot a whole machine under QEMU: its own kernel and initrd, a disk, and a network cable to the pretend Azure.
+
+Root, and mmdebstrap, qemu-system-x86_64, mkfs.ext4, dnsmasq and util-linux, are needed. The processor is emulated, so a
+boot takes half a minute: /dev/kvm may exist and still boot nothing.
+
+Nothing of the tests is on the disk. The machine is asked over a second serial port, where systemd's debug shell is, as
+the kernel's command line says.
+"""
+
+import argparse
+import base64
+import glob
+import os
+import random
+import re
+import shlex
+import socket
+import sys
+import time
+from typing import Callable, Dict, List, Match, Optional, Tuple
+
+from tests.fake_azure import MAC_ADDRESS, VM_ID
+from tests.vm import BOOTED, RELEASES, TAP, UNIT, VM, WORK, Azure, Lab, explained, missing_tools, wait_for
+
+TOOLS = (
+    "mmdebstrap",
+    "qemu-system-x86_64",
+    "mkfs.ext4",
+    "dnsmasq",
+    "setpriv",
+    "nsenter",
+    "unshare",
+    "ip",
+)
+
+ASSET_TAG = "7783-7084-3265-9085-8269-3286-77"  # of all VMs on Azure, by which guests recognise it
+DISK_SIZE = "2G"  # sparse
+# Azure's interfaces are called ethN, for nothing gives them another name; QEMU's have a place on a bus.
+KERNEL = "root=/dev/vda rw console=ttyS0 panic=-1 quiet net.ifnames=0 systemd.debug_shell=ttyS1"
+
+# What the shell becomes: it answers "Q NUMBER COMMAND" with "A NUMBER OUTPUT", both as base64.
+ANSWER = (
+    'stty raw -echo; printf "\\nA %s\\n" 0; while read -r q number command; do [ "$q" = Q ] || continue; '
+    'output=$(sh -c "$(printf %s "$command" | base64 -d)" 2>&1 </dev/null | base64 -w 0); '
+    'printf "A %s %s\\n" "$number" "$output"; done'
+)
+
+
+class Machine(VM):
+    """A VM that is a whole machine. What is written to its root is on its disk from its first boot on."""
+
+    packages = (
+        "systemd,systemd-sysv,dbus,udev,python3-minimal,libpython3-stdlib,iproute2,ifupdown,linux-image-cloud-amd64,"
+        "initramfs-tools,kmod,openssh-server,apparmor"
+    )
+    patience = 5.0
+
+    @classmethod
+    def pristine(cls, lab: Lab, release: str) -> str:
+        # What ifupdown calls: the containers have dhclient on all releases, and dhcpcd wants a udev.
+        client = "isc-dhcp-client" if release == "bullseye" else "dhcpcd-base"
+        return lab.root(release, f"{cls.packages},{client}")
+
+    def __init__(self, lab: Lab, release: str, client: str = "networkd", install: bool = True) -> None:
+        super().__init__(lab, release, client, install)
+        self.disk = ""
+        self.questions = 0
+        self.shell: Optional[socket.socket] = None
+        self.heard = b""
+        self.switched_on = 0.0  # by time.monotonic()
+
+    def path(self, name: str) -> str:
+        if getattr(self, "disk", ""):
+            raise AssertionError(f"{name} is on the disk now")
+        return super().path(name)
+
+    def read(self, name: str) -> str:
+        return self.run("cat", "/" + name) if self.disk else super().read(name)
+
+    def make_disk(self) -> None:
+        """Make the disk of what is in the root by now."""
+        self.kernel, self.initrd = (glob.glob(self.path(f"boot/{name}*"))[0] for name in ("vmlinuz", "initrd.img"))
+        self.lab.run("mkfs.ext4", "-q", "-F", "-d", self.root, f"{WORK}/{self.name}/disk", DISK_SIZE)
+        self.disk = self.lab.path(self.name, "disk")
+
+    def new_disk(self) -> None:
+        """Replace the disk by one as it was before the first boot."""
+        self.lab.run("rm", "-f", f"{WORK}/{self.name}/disk")
+        self.disk = ""
+
+    def switch_on(self, azure: Azure, *kernel: str) -> None:
+        """Switch it on, its network cable plugged into azure, with kernel beside its kernel's arguments."""
+        if not self.disk:
+            self.make_disk()
+        self.shell, far_end = socket.socketpair()
+        self.heard = b""
+        mac_address = ":".join(re.findall("..", MAC_ADDRESS))
+        command: Tuple[str, ...] = (
+            *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
+            *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1024"),
+            *("-uuid", VM_ID, "-smbios", "type=3,asset=" + ASSET_TAG),
+            *("-kernel", self.kernel, "-initrd", self.initrd, "-append", " ".join([KERNEL, *kernel])),
+            *("-drive", f"file={self.disk},format=raw,if=virtio"),
+            *("-netdev", "tap,id=cable,ifname=azure0,script=no,downscript=no"),
+            *("-device", "virtio-net-pci,netdev=cable,mac=" + mac_address),
+            *("-serial", "stdio"),
+            *("-chardev", f"socket,id=shell,fd={far_end.fileno()}", "-serial", "chardev:shell"),
+        )
+        self.switched_on = time.monotonic()
+        self.power.start(*command, output=self.console, wrap=azure.enter(), keep=[far_end.fileno()])
+        far_end.close()
+
+    def boot(self, azure: Azure, *kernel: str) -> "Machine":
+        self.switch_on(azure, *kernel)
+        self.meet_shell()
+        wait_for("systemctl", lambda: self.state("initializing", "starting", *BOOTED), 30 * self.patience)
+        return self
+
+    def is_on(self) -> bool:
+        return self.shell is not None and self.power.children[-1].poll() is None
+
+    def meet_shell(self) -> None:
+        """Wait for the shell's prompt, and tell it to answer questions."""
+        assert self.shell
+        if not self.hear(rb"# \Z", 30 * self.patience):
+            raise AssertionError(f"no shell: {self.heard!r}")
+        self.shell.sendall(f"exec sh -c {shlex.quote(ANSWER)}\n".encode())
+        if not self.hear(rb"\nA 0\n", 30):
+            raise AssertionError(f"no answer from the shell: {self.heard!r}")
+
+    def hear(self, pattern: bytes, seconds: float) -> Optional[Match[bytes]]:
+        """Return where the shell says pattern, or None if it does not within seconds. What it said before is lost."""
+        assert self.shell
+        deadline = time.monotonic() + seconds
+        while True:
+            found = re.search(pattern, self.heard)
+            if found:
+                self.heard = self.heard[found.end() :]
+                return found
+            self.shell.settimeout(max(0.001, deadline - time.monotonic()))
+            try:
+                received = self.shell.recv(1 << 16)
+            except OSError:
+                received = b""
+            if not received:
+                return None
+            self.heard += received
+
+    def run(self, *command: str) -> str:
+        if not self.is_on():
+            raise AssertionError(f"{' '.join(command)}: the machine is off")
+        assert self.shell
+        self.questions += 1
+        text = "LC_ALL=C " + " ".join(map(shlex.quote, command))
+        self.shell.sendall(b"Q %d %s\n" % (self.questions, base64.b64encode(text.encode())))
+        answer = self.hear(rb"A %d (\S*)\n" % self.questions, 30 * self.patience)
+        if not answer:
+            raise AssertionError(f"{' '.join(command)}: no answer")
+        return base64.b64decode(answer.group(1)).decode("utf-8", "replace")
+
+    def cut_power(self) -> None:
+        self.power.stop()
+        if self.shell:
+            self.shell.close()
+            self.shell = None
+
+
+# Power cuts in the first boot.
+
+# Loading its profiles takes seconds of each emulated boot, and has no part in this.
+WITHOUT_APPARMOR = "apparmor=0"
+
+
+def etc_of(vm: VM) -> Dict[str, str]:
+    """Return a digest of each file in /etc, but for the machine's identity, which is made anew."""
+    lines = vm.run("sh", "-c", "find /etc -type f -exec sha256sum {} + -o -type l -printf '%l  %p\\n'").splitlines()
+    found = {path: digest for digest, path in (line.rsplit("  ", 1) for line in lines)}
+    found.pop("/etc/machine-id", None)
+    return found
+
+
+class PowerCut:
+    """One first boot of vm, cut short, and the boot after it."""
+
+    def __init__(self, vm: Machine, moment: Callable[[Azure], None]) -> None:
+        """The power is cut when moment, which is called once the machine is on, returns."""
+        vm.new_disk()
+        with Azure(vm.lab, cable=TAP) as azure, explained(vm, azure):
+            azure.start_network().start()
+            vm.switch_on(azure, WITHOUT_APPARMOR)
+            moment(azure)
+            vm.cut_power()
+            self.after = time.monotonic() - vm.switched_on
+            self.asked = len(azure.requests())
+            self.ready = bool(azure.reports())
+            names = len(self.names_sent(azure))
+            vm.boot(azure, WITHOUT_APPARMOR)
+            vm.wait_until_booted()
+            self.name_then = self.names_sent(azure)[names]
+            self.found = {
+                "host name": vm.run("uname", "-n").strip(),
+                "unit": vm.run("systemctl", "is-enabled", UNIT).strip(),
+                "result": vm.show("Result"),
+                "reports": sorted({report["state"] for report in azure.reports()}),
+                "resolved": [azure.resolve("web-01")],
+            }
+            self.addresses = vm.addresses()
+            self.etc = etc_of(vm)
+            vm.cut_power()
+
+    @staticmethod
+    def names_sent(azure: Azure) -> List[str]:
+        """Return the names that the DHCP client has sent."""
+        return re.findall("client provides name: (.*)", azure.text(azure.dhcp_log))
+
+    def faults(self, undisturbed: "PowerCut") -> List[str]:
+        """Return what is not as it should be, beside a boot that was not disturbed."""
+        wanted = {
+            "host name": "web-01",
+            "unit": "disabled",
+            "result": "success",
+            "reports": ["Ready"],
+            "resolved": self.addresses,
+        }
+        found = [f"{key} {self.found[key]}" for key in wanted if self.found[key] != wanted[key]]
+        names = {*self.etc, *undisturbed.etc}
+        found += [name for name in sorted(names) if self.etc.get(name) != undisturbed.etc.get(name)]
+        if self.ready and self.name_then != "web-01":
+            found.append(f"Ready had been reported, and then it was called {self.name_then}")
+        return found
+
+    def __str__(self) -> str:
+        reached = "Ready reported" if self.ready else "Azure asked" if self.asked else "Azure not asked yet"
+        return f"power cut {self.after:.1f} s after power on, {reached}, then called {self.name_then}"
+
+
+def cut_power_at_random(vm: Machine, cuts: int, seed: int) -> List[str]:
+    """Cut the power in so many first boots of vm, print what came of each, and return what was wrong."""
+    chance = random.Random(seed)
+
+    def booted(_: Azure) -> None:
+        vm.meet_shell()
+        vm.wait_until_booted()
+
+    undisturbed = PowerCut(vm, booted)
+    print(f"{vm.release}, undisturbed: {undisturbed}", flush=True)
+
+    def at_any_time(_: Azure) -> None:
+        time.sleep(chance.uniform(0, undisturbed.after))
+
+    def at_work(azure: Azure) -> None:
+        wait_for("the first request", azure.requests, 60 * vm.patience)
+        time.sleep(chance.uniform(0, 8))
+
+    faults = []
+    for number in range(cuts):
+        cut = PowerCut(vm, at_work if number % 2 else at_any_time)
+        found = cut.faults(undisturbed)
+        print(f"{vm.release}, {number + 1}: {cut}: {'; '.join(found) or 'all is well'}", flush=True)
+        faults += found
+    return faults
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Cut the power at random moments, and return 1 if one of them did harm."""
+    parser = argparse.ArgumentParser(prog="python3 -m tests.machine", description="Cut the power in first boots.")
+    parser.add_argument("--power-cuts", type=int, default=100, metavar="N", help="how often (default: %(default)s)")
+    parser.add_argument("--release", default="bookworm", choices=RELEASES, help="of Debian (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="of the moments")
+    options = parser.parse_args(arguments)
+    missing = missing_tools(TOOLS)
+    if missing or os.geteuid() != 0:
+        print(f"this takes root and {', '.join(missing) or 'no more'}", file=sys.stderr)
+        return 1
+    lab = Lab()
+    try:
+        print(f"--seed {options.seed}", flush=True)
+        with Machine(lab, options.release) as vm:
+            faults = cut_power_at_random(vm, options.power_cuts, options.seed)
+    finally:
+        lab.close()
+    print(f"{options.power_cuts} power cuts, {len(faults)} faults")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
