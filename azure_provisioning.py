@@ -442,6 +442,7 @@ class InstanceMetadata:
 # The machine: its files and its programs.
 
 COMMAND_LIMIT = 15.0  # seconds
+FILE_LIMIT = 1 << 22  # characters
 SELINUX_LABEL = "security.selinux"
 
 
@@ -468,10 +469,13 @@ def read_file(path: str) -> str:
         with open(descriptor, encoding="utf-8", errors="surrogateescape", newline="") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise OSError("not a regular file")
-            return file.read()
+            text = file.read(FILE_LIMIT + 1)
+        if len(text) > FILE_LIMIT:
+            raise OSError(f"more than {FILE_LIMIT} characters")
+        return text
     except FileNotFoundError:
         return ""
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter for a NUL in path
         raise ProvisioningError(f"read {path}: {error}") from error
 
 
@@ -741,7 +745,7 @@ def publish_host_name(name: str, dry_run: bool = False) -> None:
     by_hand = f"for other machines to resolve {name}, restart the DHCP client, or reboot"
     interface = default_interface()
     try:
-        renewal = find_renewal(interface)
+        renewal = find_renewal(interface) if interface else None
         if not renewal:
             raise ProvisioningError(f"found no DHCP lease to renew on {interface or 'a default route'}")
     except ProvisioningError as error:

@@ -878,6 +878,7 @@ class PublishTest(Case):
         self.publish(azure_provisioning.WARNING, "^found no DHCP lease to renew on eth7; ")
         self.forget()
         self.interface = ""
+        self.renewal = Renewal(self.ask, "renew all")  # of a client that needs no interface to have a lease
         self.publish(azure_provisioning.WARNING, "^found no DHCP lease to renew on a default route; ")
         self.assertEqual(self.asked, 0)
 
@@ -1007,6 +1008,10 @@ class NetworkTest(Case):
         self.assertIsNone(self.dhcpcd("eth1."))
         self.assertIsNone(self.dhcpcd(name="sshd\n"))
         self.assertIsNone(self.dhcpcd(name=""))
+
+    def test_a_file_whose_name_is_none_is_one_line(self) -> None:
+        with self.assertRaisesRegex(ProvisioningError, "^read /proc/6.2/comm: "):
+            azure_provisioning.read_file("/proc/6\0002/comm")
 
     def test_dhcpcd_that_sends_no_name_is_not_asked(self) -> None:
         for configuration, sends in (

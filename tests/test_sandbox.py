@@ -261,6 +261,12 @@ class DiskTest(SandboxCase):
         self.check_ready(result)
         self.assertRegex(result.stderr, "hostname failed: read /etc/hosts: .*Is a directory")
 
+    def test_a_file_without_end_is_an_error_and_ready_is_reported(self) -> None:
+        result = self.vm_after("ulimit -v 1000000; truncate -s 2G hosts hostname", "rm hosts")
+        self.assertEqual(result.status, 1, result)
+        self.check_ready(result)
+        self.assertIn("hostname failed: read /etc/hosts: more than 4194304 characters\n", result.stderr)
+
     def test_a_fifo_in_place_of_etc_hostname_is_replaced(self) -> None:
         result = self.vm_after("rm hostname && mkfifo hostname")
         self.assertEqual(result.status, 0, result)
