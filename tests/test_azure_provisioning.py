@@ -315,6 +315,10 @@ class KeepTryingTest(Case):
                 self.ready(self.azure([{"do": action}]), "ready")
                 self.assertLess(time.monotonic() - before, 0.3 + 0.5)
 
+    def test_the_last_attempt_ends_with_the_budget(self) -> None:
+        self.assertEqual(self.ready(self.azure([{"do": "silent"}]), "--timeout", "0.1", "ready"), 1)
+        self.assertRegex(self.lines[-1], r"no complete answer within 0\.(1|09\d*) s; gave up")
+
     def test_the_limit_is_ten_seconds(self) -> None:
         self.stack.close()
         self.assertEqual(azure_provisioning.ATTEMPT_LIMIT, 10)
@@ -412,6 +416,18 @@ class TransportTest(Case):
             self.assertLess(time.monotonic() - started, 0.3)
             self.assertIn(f": status 503 {told}; trying again", self.warnings()[0])
 
+    def test_an_error_in_another_encoding_is_told_by_its_status(self) -> None:
+        self.ready(self.azure([{"status": 503, "body": "occup\udce9", "headers": {"Retry-After": "7"}}]), "ready")
+        self.assertRegex(self.warnings()[0], ": status 503 occup\ufffd; trying again in 7.0 s$")
+
+    def test_a_long_answer_is_shown_in_part(self) -> None:
+        self.host_name(self.azure(imds=[{"body": '{"compute": {"name": "web-02"}}' + " " * 100000}]))
+        self.assertEqual([len(line) // 1000 for line in self.lines], [3])
+
+    def test_a_deadline_that_is_over_is_told_as_no_time(self) -> None:
+        with self.assertRaisesRegex(ProvisioningError, "no complete answer within 0 s$"):
+            azure_provisioning.exchange("127.0.0.1:9", self.clock.monotonic() - 1, "GET", "/", {})
+
     def test_one_deadline_is_for_all_of_an_attempt(self) -> None:
         azure = self.azure([{"do": "right", "delay": 0.2}, {"do": "right", "delay": 0.2}])
         self.ready(azure, "ready")
@@ -451,6 +467,23 @@ class ParseAnswerTest(unittest.TestCase):
                         with self.assertRaises(ValueError):
                             self.parse(answer[:length])
             self.assertEqual(self.parse(answer, ended=False), None if whole[0] == 503 else whole)
+
+    def test_what_follows_an_answer_and_what_it_lacks_is_left_out(self) -> None:
+        self.assertEqual(self.parse(b"HTTP/1.1 204 No Content\r\n\r\nleft"), (204, "No Content", 0.0, b""))
+        twice = b"HTTP/1.1 503\r\nRetry-After: 7\r\nRetry-After: 9\r\nContent-Length: 0\r\n\r\nleft"
+        self.assertEqual(self.parse(twice), (503, "", 9.0, b""))
+
+    def test_what_cannot_become_an_answer_is_wrong_at_once(self) -> None:
+        chunks = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        for beginning in (chunks + b"\r\n", chunks + b"1\r\nxy", b"HTTP/1.1 200 OK\r\nA: " + b"x" * 65536):
+            with self.subTest(beginning[:80]), self.assertRaises(ValueError):
+                self.parse(beginning, ended=False)
+
+    def test_headers_may_have_64_kib(self) -> None:
+        start = b"HTTP/1.1 200 OK\r\nA: "
+        self.parse(start + b"x" * (65536 - len(start)) + b"\r\n\r\n")
+        with self.assertRaisesRegex(ValueError, "headers of more than 65536 bytes"):
+            self.parse(start + b"x" * (65537 - len(start)) + b"\r\n\r\n")
 
     def test_ten_thousand_mutations_raise_nothing_but_value_error(self) -> None:
         choose = random.Random(8)
@@ -497,6 +530,20 @@ class HealthReportTest(Case):
         azure.incarnation = 42
         self.ready(azure, "ready")
         self.assertEqual(azure.accepted[0]["incarnation"], "42")
+
+    def test_space_around_the_identifiers_is_not_sent_back(self) -> None:
+        azure = self.azure()
+        values = {"incarnation": 3, "container_id": azure.container_id, "instance_id": azure.instance_id}
+        body = GOAL_STATE.format(**{name: f"\n {value}\t" for name, value in values.items()})
+        azure = self.azure([{"body": body}])
+        self.assertEqual(self.ready(azure, "ready"), 0)
+        self.assertEqual(self.warnings(), [])
+
+    def test_nothing_is_reported_for_a_goal_state_without_identifiers(self) -> None:
+        azure = self.azure([{"body": "<GoalState><Incarnation>3</Incarnation></GoalState>"}])
+        self.assertEqual(self.ready(azure, "ready"), 0)
+        self.assertIn("has no ContainerId, InstanceId; trying again", self.warnings()[0])
+        self.assertEqual([report["accepted"] for report in azure.reports], [True])
 
     def test_ready_is_the_document_that_azure_expects(self) -> None:
         self.assertEqual(
@@ -580,6 +627,21 @@ class InstanceMetadataTest(Case):
         self.assertLess(self.clock.monotonic() - before, 10 + azure_provisioning.LONGEST_PAUSE + 1)
         asked = azure.asked(IMDS)
         self.assertEqual(asked, [self.DOCUMENT] * (len(asked) - 1) + [self.NAME])
+
+    def test_nothing_but_the_name_is_known_from_an_old_imds(self) -> None:
+        azure = self.azure(imds_versions=["2019-06-01"])
+        instance = InstanceMetadata(azure.listen(IMDS), 60).get()
+        self.assertEqual(
+            (instance.admin_username, list(instance.public_keys), instance.passwords_disabled), ("", [], False)
+        )
+
+    def test_the_name_of_which_nothing_can_stay_is_told(self) -> None:
+        for document in (
+            '{"compute": {"name": "vm", "osProfile": {"computerName": "___"}}}',
+            '{"compute": {"name": "___"}}',
+        ):
+            with self.assertRaisesRegex(ValueError, "^nothing of '___' can be a host name$"):
+                azure_provisioning.parse_instance(document)
 
     def test_anything_but_refusals_in_these_ten_seconds_starts_them_anew(self) -> None:
         for other in ({"status": 404}, {"body": "<html>"}, {"do": "reset"}):
@@ -675,6 +737,25 @@ class MachineTest(unittest.TestCase):
             azure_provisioning.run("no-such-program")
         azure_provisioning.run("true")
 
+    def test_a_program_has_nothing_to_read(self) -> None:
+        reading, writing = os.pipe()
+        terminal = os.dup(0)
+        try:
+            os.dup2(reading, 0)
+            azure_provisioning.run("sh", "-c", "! read line")
+        finally:
+            os.dup2(terminal, 0)
+            for descriptor in (reading, writing, terminal):
+                os.close(descriptor)
+
+    def test_a_name_that_the_kernel_refuses_is_an_error(self) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(os.path, "isdir", return_value=False))
+            stack.enter_context(mock.patch.object(azure_provisioning, "replace_file"))
+            stack.enter_context(mock.patch.object(socket, "sethostname", side_effect=OSError("no")))
+            with self.assertRaisesRegex(ProvisioningError, "^sethostname web-99: no$"):
+                azure_provisioning.set_host_name("web-99")
+
     def test_a_name_that_was_not_taken_is_an_error(self) -> None:
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(os.path, "isdir", return_value=False))
@@ -688,25 +769,31 @@ class MachineTest(unittest.TestCase):
     def test_a_file_is_replaced_with_its_label_and_mode_and_for_good(self) -> None:
         with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
             path = directory + "/hosts"
+            sizes: List[int] = []
             with open(path, "w", encoding="utf-8") as file:
-                file.write("old")
+                file.write("old text")
             labels = stack.enter_context(
                 mock.patch.object(os, "getxattr", return_value=b"system_u:object_r:net_conf_t")
             )
             label = stack.enter_context(mock.patch.object(os, "setxattr"))
             restored = stack.enter_context(mock.patch.object(azure_provisioning, "restore_label"))
-            synced = stack.enter_context(mock.patch.object(os, "fsync", wraps=os.fsync))
+            synced = stack.enter_context(
+                mock.patch.object(
+                    os, "fsync", side_effect=lambda descriptor: sizes.append(os.fstat(descriptor).st_size)
+                )
+            )
             azure_provisioning.replace_file(path, "n\udcffw", 0o640)
             labels.assert_called_once_with(os.path.realpath(path), "security.selinux")
             label.assert_called_once_with(mock.ANY, "security.selinux", b"system_u:object_r:net_conf_t")
             self.assertEqual(restored.mock_calls, [])
-            self.assertEqual(synced.call_count, 2)
+            self.assertEqual((synced.call_count, sizes[0]), (2, 3))
             self.assertEqual(os.listdir(directory), ["hosts"])
             self.assertEqual(os.stat(path).st_mode & 0o7777, 0o640)
             with open(path, "rb") as binary:
                 self.assertEqual(binary.read(), b"n\xffw")
             azure_provisioning.replace_file(directory + "/new", "")
             restored.assert_called_once_with(os.path.realpath(directory) + "/new")
+            self.assertEqual(os.stat(directory + "/new").st_mode & 0o7777, 0o644)
 
     def test_labels_are_restored_where_selinux_is(self) -> None:
         for there, outcome in ((False, None), (True, None), (True, ProvisioningError("restorecon: no"))):
@@ -724,6 +811,20 @@ class MachineTest(unittest.TestCase):
             with mock.patch.object(os, "rename", side_effect=OSError("no")), refused:
                 azure_provisioning.replace_file(directory + "/x", "text")
             self.assertEqual(os.listdir(directory), [])
+
+    def test_a_file_that_cannot_be_replaced_stays(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            azure_provisioning.replace_file(directory + "/x", "old")
+            with mock.patch.object(os, "rename", side_effect=OSError("no")), self.assertRaises(ProvisioningError):
+                azure_provisioning.replace_file(directory + "/x", "new")
+            self.assertEqual(azure_provisioning.read_file(directory + "/x"), "old")
+
+    def test_when_a_file_was_written_is_known(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            self.assertEqual(azure_provisioning.modified(directory + "/lease"), 0)
+            azure_provisioning.replace_file(directory + "/lease", "")
+            os.utime(directory + "/lease", ns=(1, 7))
+            self.assertEqual(azure_provisioning.modified(directory + "/lease"), 7)
 
 
 class RenameInHostsTest(unittest.TestCase):
@@ -825,6 +926,7 @@ class PublishTest(Case):
     def test_it_waits_for_the_new_lease(self) -> None:
         self.publish(azure_provisioning.INFO, r"^published web-01 by renew eth7, after \d\.\d s$")
         self.assertEqual((len(self.clock.pauses), self.asked), (3, 1))
+        self.assertLess(sum(self.clock.pauses), 0.2)
 
     def test_a_lease_that_vanishes_is_no_new_one(self) -> None:
         self.at_pause(1, written=0)
@@ -935,17 +1037,17 @@ class NetworkTest(Case):
         """Return the renewal of eth0, interface 2, in a system in which there are files, and files with texts."""
         there = {*files, *(texts or {})}
         directories = {os.path.dirname(path) for path in there}
+
+        def listed(path: str) -> List[str]:
+            if path not in directories:
+                raise FileNotFoundError(path)
+            return [os.path.basename(file) for file in there if os.path.dirname(file) == path]
+
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(socket, "if_nametoindex", return_value=2))
             stack.enter_context(mock.patch.object(os.path, "exists", lambda path: path in there))
             stack.enter_context(mock.patch.object(os.path, "isdir", lambda path: path in directories))
-            stack.enter_context(
-                mock.patch.object(
-                    os,
-                    "listdir",
-                    lambda path: [os.path.basename(file) for file in there if os.path.dirname(file) == path],
-                )
-            )
+            stack.enter_context(mock.patch.object(os, "listdir", listed))
             stack.enter_context(
                 mock.patch.object(azure_provisioning, "read_file", lambda path: (texts or {}).get(path, ""))
             )
