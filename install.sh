@@ -5,13 +5,15 @@ umask 022
 unset CDPATH
 export LC_ALL=C
 
-usage='usage: install.sh [--root DIR] [--force]
+usage='usage: install.sh [--user] [--root DIR] [--force]
        install.sh --generalize [--root DIR] [--force]
        install.sh --uninstall [--root DIR] [--force]
 
 Copy the program to /usr/local/sbin/azure-provisioning and its unit to /etc/systemd/system, and enable the unit, so that
 it runs at the next boot. Run it again to enable the unit again, or to replace an older version.
 
+  --user        have it create the user that the VM is created with, too, who logs in with the SSH keys given and may
+                sudo without a password; installed again without --user, it does not any more
   --generalize  the last command before the capture: make the system forget whose it was (machine ID, host name, SSH
                 host keys, leases, logs, what other agents left), so that it can become many VMs, and arm the unit
   --uninstall   take away all that was installed, but for what somebody else has changed since
@@ -26,6 +28,8 @@ wants=$units/multi-user.target.wants
 presets=/etc/systemd/system-preset
 preset=$presets/00-azure-provisioning.preset
 ssh_unit=azure-provisioning-ssh-keys.service
+dropins=$units/$unit.d
+user_dropin=$dropins/10-user.conf
 # Where systemd looks for units, the first that has one wins.
 unit_path="$units /usr/local/lib/systemd/system /usr/lib/systemd/system /lib/systemd/system"
 
@@ -39,19 +43,22 @@ install() {
     check_place "$program"
     check_place "$units/$unit"
     check_place "$preset"
+    check_place "$user_dropin"
     check_link "$unit"
+    check_useradd
     see_presets
     begin
     put 755 "$program" the_program
     put 644 "$units/$unit" the_unit
     put 644 "$preset" the_preset
+    add_or_drop_user
     arm "$unit"
     reload
-    say "installed and enabled in ${root:-/}: it runs at the next boot"
+    say "installed and enabled in ${root:-/}: it runs at the next boot${user:+, and creates the user}"
 }
 
 uninstall() {
-    set -- "$wants/$unit" "$wants/$ssh_unit" "$preset" "$units/$unit" "$units/$ssh_unit" "$program"
+    set -- "$wants/$unit" "$wants/$ssh_unit" "$preset" "$user_dropin" "$units/$unit" "$units/$ssh_unit" "$program"
     for path; do
         place "$path" || refuse "$path cannot be reached in ${root:-/}: $why"
     done
@@ -60,6 +67,7 @@ uninstall() {
     for path; do
         take_away "$path"
     done
+    take_away_empty "$dropins"
     [ -z "$our_presets" ] || take_away_empty "$presets"
     reload
     say "uninstalled from ${root:-/}"
@@ -340,6 +348,25 @@ WantedBy=multi-user.target
 end
 }
 
+# Sorted before what an administrator calls budget.conf, or the like, so that that is heard last.
+the_user_dropin() {
+    cat <<'end'
+[Service]
+ExecStart=
+ExecStart=/usr/local/sbin/azure-provisioning hostname user ready
+# As in the unit: only after success.
+ExecStart=+/bin/systemctl disable --no-reload azure-provisioning.service
+
+# For useradd, to make a home and give it away, and to read /etc/shadow where nobody else may (RHEL); and for the step
+# itself, to become the user before it writes there.
+CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_FOWNER CAP_SETGID CAP_SETUID
+# The users' homes, and root's no more than before.
+ProtectHome=no
+ReadWritePaths=-/home
+InaccessiblePaths=-/root -/run/user
+end
+}
+
 # last_line: print the line that ends a file whose other lines are standard input.
 last_line() {
     cksum | {
@@ -423,6 +450,23 @@ is_our_link() {
     [ -L "$located" ] || return
     case ${located##*/} in "$unit" | "$ssh_unit") ;; *) return 1 ;; esac
     [ "/${located##*/}" = "/$(readlink "$located" | sed 's|.*/||')" ]
+}
+
+add_or_drop_user() {
+    if [ -n "$user" ]; then
+        put 644 "$user_dropin" the_user_dropin
+        each "$dropins" '*.conf' warn_if_it_drops_user
+    elif has -f "$user_dropin"; then
+        take_away "$user_dropin"
+        take_away_empty "$dropins"
+        say "removed $user_dropin, which was installed with --user: no user is created any more"
+    fi
+}
+
+warn_if_it_drops_user() {
+    if grep -q '^ExecStart=.*/azure-provisioning' "$located" && ! grep -q '^ExecStart=.* user' "$located"; then
+        warn "$path says what the unit runs, without the step user: nobody is created until it is hostname user ready"
+    fi
 }
 
 make_ssh_keys_come_back() {
@@ -645,6 +689,10 @@ python_is_whole() {
     return 1
 }
 
+check_useradd() {
+    [ -z "$user" ] || runs /usr/sbin/useradd || object "no useradd in ${root:-/}, and nothing else creates a user"
+}
+
 check_agents() {
     agent=$(find_agent)
     [ -z "$agent" ] || object "$agent is enabled in ${root:-/}, and two provisioning agents fight: disable it"
@@ -804,7 +852,7 @@ ssh_keys_are_ours_to_make() {
 
 # The command line.
 
-root='' action='' force=''
+root='' action='' user='' force=''
 while [ $# -gt 0 ]; do
     case $1 in
         --root=?*) root=${1#--root=} ;;
@@ -817,6 +865,7 @@ while [ $# -gt 0 ]; do
             [ -z "$action" ] || misused
             action=${1#--}
             ;;
+        --user) user=yes ;;
         --force) force=yes ;;
         -h | --help)
             echo "$usage"
@@ -826,6 +875,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+[ -z "$user" ] || [ -z "$action" ] || misused
 case $0 in
     /*) here=${0%/*} ;;
     */*) here=./${0%/*} ;;

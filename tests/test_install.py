@@ -16,6 +16,7 @@ PROGRAM = "usr/local/sbin/azure-provisioning"
 UNIT = "etc/systemd/system/azure-provisioning.service"
 PRESET = "etc/systemd/system-preset/00-azure-provisioning.preset"
 WANTS = "etc/systemd/system/multi-user.target.wants/azure-provisioning.service"
+USER = "etc/systemd/system/azure-provisioning.service.d/10-user.conf"
 OURS = {PROGRAM, UNIT, PRESET, WANTS}
 
 
@@ -456,6 +457,73 @@ class OutsideTest(InstallCase):
         done = self.install(root="image", installer=os.path.relpath(INSTALL, self.directory), CDPATH=self.outside)
         self.assertEqual((done.returncode, done.stderr), (0, ""), done)
         self.check_whole()
+
+
+class UserTest(InstallCase):
+    """With --user the unit creates the user, too, by a drop-in; without it the unit is as it always was."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.program("usr/sbin/useradd")
+
+    def test_user_adds_a_drop_in_and_nothing_else(self) -> None:
+        self.check_installed()
+        before = self.tree()
+        done = self.install("--user")
+        self.assertEqual((done.returncode, done.stderr), (0, ""), done)
+        self.assertRegex(done.stdout, r"\Ainstalled and enabled in .*: .*creates the user\n\Z")
+        after = self.tree()
+        self.assertEqual(set(after) - set(before), {USER, os.path.dirname(USER)})
+        self.assertEqual({name: after[name] for name in before}, before)
+        self.assertEqual(after[USER][0], 0o100644)
+        self.assertEqual(self.install("--user").returncode, 0)
+        self.assertEqual(self.tree(), after)
+        self.assertEqual(self.install("--uninstall").returncode, 0)
+        self.assertEqual({name for name in self.tree() if "azure-provisioning" in name}, set())
+
+    def test_without_user_the_drop_in_goes_and_that_is_said(self) -> None:
+        self.check_installed()
+        before = self.tree()
+        self.assertEqual(self.install("--user").returncode, 0)
+        done = self.install()
+        self.assertEqual((done.returncode, done.stderr), (0, ""), done)
+        self.assertIn(f"removed /{USER}, ", done.stdout)
+        self.assertEqual(self.tree(), before)
+        self.assertNotIn("removed", self.install().stdout)
+
+    def test_the_drop_in_runs_the_step_and_disarms_itself_as_the_unit_does(self) -> None:
+        self.assertEqual(self.install("--user").returncode, 0)
+        commands = [re.findall(r"(?m)^ExecStart=(.*)", str(self.tree()[name][1])) for name in (UNIT, USER)]
+        self.assertEqual(commands[1], ["", commands[0][0] + " hostname user ready", *commands[0][1:]])
+
+    def test_what_somebody_else_says_is_kept(self) -> None:
+        name = os.path.dirname(USER) + "/budget.conf"
+        self.write(name, "[Service]\nExecStart=\nExecStart=/usr/local/sbin/azure-provisioning --timeout 300\n")
+        before = self.tree()
+        done = self.install("--user")
+        self.assertEqual(done.returncode, 0)
+        self.assertRegex(done.stderr, rf"\Ainstall\.sh: /{name} says .* without the step user.*\n\Z")
+        self.assertEqual(self.install("--uninstall").returncode, 0)
+        self.assertEqual(self.tree()[name], before[name])
+
+    def test_an_edited_drop_in_is_refused(self) -> None:
+        self.assertEqual(self.install("--user").returncode, 0)
+        self.write(USER, str(self.tree()[USER][1]) + "# edited\n")
+        for more in ([], ["--user"]):
+            self.check_refused(f"somebody changed /{USER}.*--force", *more)
+        done = self.install("--force")
+        self.assertIn("took away /" + USER, done.stderr)
+        self.assertNotIn(USER, self.tree())
+
+    def test_nothing_that_creates_users_is_refused(self) -> None:
+        os.unlink(self.path("usr/sbin/useradd"))
+        self.check_refused("no useradd in", "--user")
+        self.check_installed()
+
+    def test_user_is_for_an_install_alone(self) -> None:
+        for action in ("--uninstall", "--generalize"):
+            self.assertEqual(self.install(action, "--user").returncode, 2)
+        self.assertEqual(self.install("--uninstall", "--generalize").returncode, 2)
 
 
 class OthersTest(InstallCase):
