@@ -473,9 +473,18 @@ class ParseAnswerTest(unittest.TestCase):
         twice = b"HTTP/1.1 503\r\nRetry-After: 7\r\nRetry-After: 9\r\nContent-Length: 0\r\n\r\nleft"
         self.assertEqual(self.parse(twice), (503, "", 9.0, b""))
 
+    def test_space_may_follow_the_size_of_a_chunk(self) -> None:
+        chunks = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2 \r\nhi\r\n0 \t;a\r\n\r\n"
+        self.assertEqual(self.parse(chunks), (200, "OK", 0.0, b"hi"))
+
     def test_what_cannot_become_an_answer_is_wrong_at_once(self) -> None:
         chunks = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-        for beginning in (chunks + b"\r\n", chunks + b"1\r\nxy", b"HTTP/1.1 200 OK\r\nA: " + b"x" * 65536):
+        for beginning in (
+            chunks + b"\r\n",
+            chunks + b"1\r\nxy",
+            chunks + b"000000001\r\nx\r\n",
+            b"HTTP/1.1 200 OK\r\nA: " + b"x" * 65536,
+        ):
             with self.subTest(beginning[:80]), self.assertRaises(ValueError):
                 self.parse(beginning, ended=False)
 
@@ -566,6 +575,12 @@ class HealthReportTest(Case):
             (report["state"], report["substatus"], report["description"]),
             ("NotReady", "ProvisioningFailed", "disk <1 of 2> & no more"),
         )
+        self.assertEqual(azure.asked(IMDS), [])
+
+    def test_a_failure_without_a_reason_is_reported_too(self) -> None:
+        azure = self.azure()
+        self.assertEqual(self.ready(azure, "--fail", ""), 0)
+        self.assertEqual([report["state"] for report in azure.accepted], ["NotReady"])
         self.assertEqual(azure.asked(IMDS), [])
 
     def test_a_reason_is_cut_at_512_characters_before_it_is_escaped(self) -> None:
@@ -756,6 +771,12 @@ class MachineTest(unittest.TestCase):
             with self.assertRaisesRegex(ProvisioningError, "^sethostname web-99: no$"):
                 azure_provisioning.set_host_name("web-99")
 
+    def test_a_name_is_that_of_the_kernel_and_of_the_file(self) -> None:
+        kernel = os.uname().nodename
+        for name, file, wanted in ((kernel, kernel, True), (kernel, "web-99", False), ("web-99", "web-99", False)):
+            with mock.patch.object(azure_provisioning, "read_file", return_value=file + "\n"):
+                self.assertEqual(azure_provisioning.host_name_is(name), wanted)
+
     def test_a_name_that_was_not_taken_is_an_error(self) -> None:
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(os.path, "isdir", return_value=False))
@@ -791,6 +812,7 @@ class MachineTest(unittest.TestCase):
             self.assertEqual(os.stat(path).st_mode & 0o7777, 0o640)
             with open(path, "rb") as binary:
                 self.assertEqual(binary.read(), b"n\xffw")
+            self.assertEqual(azure_provisioning.read_file(path), "n\udcffw")
             azure_provisioning.replace_file(directory + "/new", "")
             restored.assert_called_once_with(os.path.realpath(directory) + "/new")
             self.assertEqual(os.stat(directory + "/new").st_mode & 0o7777, 0o644)
@@ -964,6 +986,11 @@ class PublishTest(Case):
         self.publish(azure_provisioning.ERROR, "^eth7 has no address or no default route since renew eth7; ")
         self.assertGreater(sum(self.clock.pauses), 14)
 
+    def test_a_network_that_a_failing_command_took_away_is_an_error_that_says_what_failed(self) -> None:
+        self.outcome = ProvisioningError("renew eth7: exit status 3: no")
+        self.address = False
+        self.publish(azure_provisioning.ERROR, "^eth7 has no .* since renew eth7; renew eth7: exit status 3: no$")
+
     def test_a_lease_that_does_not_come_is_a_warning_that_says_what_to_do(self) -> None:
         with mock.patch.object(self, "renewed"):
             self.publish(
@@ -1032,6 +1059,7 @@ class NetworkTest(Case):
                 stack.enter_context(mock.patch.object(azure_provisioning, "default_interface", return_value=interface))
                 stack.enter_context(mock.patch.object(socket, "socket", make))
                 self.assertEqual(azure_provisioning.is_connected(), wanted)
+                make.assert_called_once_with(socket.AF_INET, socket.SOCK_DGRAM)  # sends nothing
 
     def find(self, *files: str, texts: Optional[Dict[str, str]] = None) -> Optional[Renewal]:
         """Return the renewal of eth0, interface 2, in a system in which there are files, and files with texts."""
