@@ -50,8 +50,8 @@ class Machine(VM):
     """A VM that is a whole machine. What is written to its root is on its disk from its first boot on."""
 
     packages = (
-        "systemd,systemd-sysv,dbus,udev,python3-minimal,libpython3-stdlib,iproute2,ifupdown,linux-image-cloud-amd64,"
-        "initramfs-tools,kmod,openssh-server,apparmor"
+        "systemd,systemd-sysv,dbus,udev,python3-minimal,libpython3-stdlib,iproute2,ifupdown,initramfs-tools,kmod,"
+        "openssh-server,apparmor"
     )
     patience = 5.0
 
@@ -59,7 +59,8 @@ class Machine(VM):
     def pristine(cls, lab: Lab, release: str) -> str:
         # What ifupdown calls: the containers have dhclient on all releases, and dhcpcd wants a udev.
         client = "isc-dhcp-client" if release == "bullseye" else "dhcpcd-base"
-        return lab.root(release, f"{cls.packages},{client}")
+        # The release's own kernel: that of its security updates comes and goes.
+        return lab.root(release, f"{cls.packages},{client},linux-image-cloud-amd64/{release}")
 
     def __init__(self, lab: Lab, release: str, client: str = "networkd", install: bool = True) -> None:
         super().__init__(lab, release, client, install)
