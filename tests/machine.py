@@ -54,6 +54,7 @@ class Machine(VM):
         "openssh-server,apparmor"
     )
     patience = 5.0
+    cable = TAP
 
     @classmethod
     def pristine(cls, lab: Lab, release: str) -> str:
@@ -62,13 +63,24 @@ class Machine(VM):
         # The release's own kernel: that of its security updates comes and goes.
         return lab.root(release, f"{cls.packages},{client},linux-image-cloud-amd64/{release}")
 
-    def __init__(self, lab: Lab, release: str, client: str = "networkd", install: bool = True) -> None:
-        super().__init__(lab, release, client, install)
-        self.disk = ""
+    def __init__(
+        self,
+        lab: Lab,
+        release: str,
+        client: str = "networkd",
+        install: bool = True,
+        image: Optional["Machine"] = None,
+    ) -> None:
+        super().__init__(lab, release, client, install, image)
+        self.disk = self.kernel = self.initrd = ""
         self.questions = 0
         self.shell: Optional[socket.socket] = None
         self.heard = b""
         self.switched_on = 0.0  # by time.monotonic()
+        if image:
+            self.kernel, self.initrd = image.kernel, image.initrd
+            lab.run("cp", "--sparse=always", f"{WORK}/{image.name}/disk", f"{WORK}/{self.name}/disk")
+            self.disk = lab.path(self.name, "disk")
 
     def path(self, name: str) -> str:
         if getattr(self, "disk", ""):

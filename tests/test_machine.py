@@ -4,13 +4,17 @@ They take minutes each, and root, so they run only if the environment variable A
 for all releases, or to some, as in AZURE_PROVISIONING_MACHINE=bookworm,trixie.
 """
 
+import os
 import re
+import time
 import unittest
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, Sequence, Type
 
-from tests import machine
+from tests import machine, sandbox
 from tests.machine import Machine
-from tests.vm import TAP, Azure, Case, cases, explained
+from tests.test_journey import BUILDER, JourneyCase
+from tests.vm import TAP, UNIT, VM, Azure, Case, cases, explained, wait_for
 
 VARIABLE = "AZURE_PROVISIONING_MACHINE"
 POWER_CUTS = 2  # a release
@@ -85,9 +89,80 @@ class NamelessCase(MachineCase):
             test.assertEqual(self.check_published(vm, azure), "dhcpcd -N eth0")
 
 
+class MachineImage(Machine):
+    """A whole machine as one would make an image of it."""
+
+    packages = Machine.packages + ",sudo"
+    others = "disable"
+
+
+class MachineJourneyCase(JourneyCase):
+    """From image to login: the README's commands, run in the running machine that becomes the image."""
+
+    vm: Type[VM] = MachineImage
+    tools: Sequence[str] = (*machine.TOOLS, "ssh", "ssh-keygen")
+
+    def make_image(self, client: str, *options: str) -> VM:
+        test: Any = self
+        image = self.vm(self.lab, self.release, client, install=False)
+        self.use(image)
+        for name in ("install.sh", "azure_provisioning.py", UNIT):
+            with open(os.path.join(sandbox.REPOSITORY, name), encoding="utf-8") as file:
+                image.write("opt/azure-provisioning/" + name, file.read())
+        with Azure(self.lab, BUILDER, cable=TAP) as azure, explained(image, azure):
+            azure.start_network()
+            image.boot(azure)
+            image.wait_until_booted()
+            wait_for("the builder's lease", lambda: BUILDER in azure.leases().values(), 30 * image.patience)
+            test.assertIn("installed and enabled", image.run("sh", "/opt/azure-provisioning/install.sh", *options))
+            self.look_at_image(image, image.run("systemctl", "list-unit-files", "--no-legend", "--state=enabled"))
+            said = image.run("sh", "/opt/azure-provisioning/install.sh", "--generalize")
+            test.assertIn("forgot /etc/machine-id", said)
+            image.power_off()
+        return image
+
+    def journey(self, client: str, *options: str) -> None:
+        """An image becomes two VMs."""
+        with self.make_image(client, *options) as image:
+            for name in ("web-01", "web-02"):
+                with ExitStack() as stack:
+                    vm = stack.enter_context(self.vm(self.lab, self.release, client, image=image))
+                    azure = stack.enter_context(self.azure(name))
+                    stack.enter_context(explained(vm, azure))
+                    azure.start_network().start()
+                    started = time.monotonic()
+                    vm.boot(azure)
+                    self.check_vm(vm, azure, name, started)
+                    self.check_login(vm, azure)
+
+
+class BullseyeJourneyCase(MachineJourneyCase):
+    """Debian 11, with dhclient."""
+
+    def test_from_a_used_machine_to_a_login(self) -> None:
+        self.journey("ifupdown", "--user")
+
+
+class BookwormJourneyCase(MachineJourneyCase):
+    """Debian 12, with systemd-networkd."""
+
+    def test_from_a_used_machine_to_a_login(self) -> None:
+        self.journey("networkd", "--user")
+
+
+class TrixieJourneyCase(MachineJourneyCase):
+    """Debian 13 as its installer leaves it, with dhcpcd."""
+
+    def test_from_a_used_machine_to_a_login(self) -> None:
+        self.journey("ifupdown, allow-hotplug", "--user")
+
+
 globals().update(cases(MachineCase, "MachineTest", VARIABLE, "bullseye"))
 globals().update(cases(NamelessCase, "MachineTest", VARIABLE, "bookworm"))
 globals().update(cases(DhcpcdCase, "MachineTest", VARIABLE, "trixie"))
+globals().update(cases(BullseyeJourneyCase, "MachineJourneyTest", VARIABLE, "bullseye"))
+globals().update(cases(BookwormJourneyCase, "MachineJourneyTest", VARIABLE, "bookworm"))
+globals().update(cases(TrixieJourneyCase, "MachineJourneyTest", VARIABLE, "trixie"))
 
 if __name__ == "__main__":
     unittest.main()

@@ -347,6 +347,7 @@ class VM:
 
     packages = ""
     patience = 1.0  # how much longer than a container it takes
+    cable = PAIR
     count = 0
 
     others = "mask"  # what is done to the DHCP clients that a VM does not use
