@@ -268,9 +268,8 @@ class Azure:
             "--bind-interfaces",
             "--dhcp-authoritative",
             "--dhcp-range=10.0.0.100,10.0.0.200,infinite",
-            # As Azure's: the routes to its services beside the default one, and where WireServer is.
+            # As Azure's: the routes to its services beside the default one. Agents look for them.
             "--dhcp-option=121," + ",".join(f"{network},{ROUTER}" for network in ("0.0.0.0/0", *ADDRESSES[1:])),
-            "--dhcp-option-force=245," + sandbox.ADDRESSES["wireserver"],
             "--dhcp-leasefile=" + self.leases_file,
             output=self.dhcp_log,
             wrap=self.enter(),
