@@ -240,9 +240,14 @@ class KeepTryingTest(Case):
 
     def test_a_document_with_a_doctype_is_refused_unread(self) -> None:
         goal_state = GOAL_STATE.format(incarnation="&i;", container_id="c", instance_id="i").split("?>")[1]
-        azure = self.azure([{"body": "<!DOCTYPE GoalState [<!ENTITY i '3'>]>" + goal_state}])
-        self.assertEqual(self.ready(azure, "ready"), 0)
-        self.assertIn("has a DOCTYPE or a NUL: refused; trying again", self.warnings()[0])
+        hostile = "<!DOCTYPE GoalState [<!ENTITY i '3'>]>" + goal_state
+        for encoding in ("utf-8", "utf-16-le", "utf-16-be", "utf-32-le"):
+            with self.subTest(encoding):
+                self.forget()
+                azure = self.azure([{"body": hostile.encode(encoding).decode()}])
+                self.assertEqual(self.ready(azure, "ready"), 0)
+                self.assertEqual([report["incarnation"] for report in azure.reports], ["3"])
+                self.assertIn("has a DOCTYPE or a NUL: refused; trying again", self.warnings()[0])
 
     def test_ready_is_reported_again_when_the_container_moved(self) -> None:
         azure = self.azure([{"do": "right"}, {"do": "moved"}])
