@@ -648,6 +648,11 @@ class InstanceMetadataTest(Case):
         asked = azure.asked(IMDS)
         self.assertEqual(asked, [self.DOCUMENT] * (len(asked) - 1) + [self.NAME])
 
+    def test_the_name_of_an_old_imds_may_end_its_line(self) -> None:
+        self.assertEqual(
+            self.host_name(self.azure(imds_versions=["2019-06-01"], name="web-02\r\n"), budget=30), "web-02"
+        )
+
     def test_nothing_but_the_name_is_known_from_an_old_imds(self) -> None:
         azure = self.azure(imds_versions=["2019-06-01"])
         instance = InstanceMetadata(azure.listen(IMDS), 60).get()
@@ -1045,6 +1050,8 @@ class NetworkTest(Case):
         self.assertEqual(self.default(), "")
         self.assertEqual(self.default(first), "a1")
         self.assertEqual(self.default(first, second), "b0")
+        with mock.patch.object(azure_provisioning, "read_file", return_value=ROUTES.splitlines()[0] + "\n" + first):
+            self.assertEqual(azure_provisioning.default_interface(), "a1")
         half = "tun0\t00000000\t00000000\t0001\t0\t0\t0\t00000080\t0\t0\t0\n"  # 0.0.0.0/1 is not the default
         self.assertEqual(self.default(half, first), "a1")
 
