@@ -7,7 +7,7 @@ import sys
 import unittest
 
 import azure_provisioning
-from tests import sandbox, test_boot
+from tests import sandbox, test_boot, test_machine
 
 
 class ReadmeTest(unittest.TestCase):
@@ -48,8 +48,37 @@ class ReadmeTest(unittest.TestCase):
         budgets = azure_provisioning.WIRESERVER_BUDGET, azure_provisioning.IMDS_BUDGET
         self.assertIn("{:.0f} for WireServer and {:.0f} for IMDS".format(*budgets), self.text)
 
+    def test_the_steps_are_named_in_their_order(self) -> None:
+        steps = ", ".join(f"`{step}`" for step in azure_provisioning.STEPS)
+        defaults = " and ".join(f"`{step}`" for step in azure_provisioning.Options.steps)
+        self.assertIn(f"| `STEP` | {steps}, always in this order; {defaults} if none is given |", self.text)
+
+    def test_every_option_of_the_installer_is_told(self) -> None:
+        usage = subprocess.run(
+            ["sh", os.path.join(sandbox.REPOSITORY, "install.sh"), "--help"],
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            check=True,
+        ).stdout
+        options = set(re.findall(r"--[a-z]+", usage))
+        self.assertLessEqual({"--user", "--generalize", "--uninstall", "--root", "--force"}, options)
+        for option in options:
+            self.assertIn(option, self.text)
+
+    def test_it_wants_the_systemd_that_knows_the_units_filter(self) -> None:
+        with open(os.path.join(sandbox.REPOSITORY, "azure-provisioning.service"), encoding="utf-8") as file:
+            self.assertIn("SystemCallFilter=@system-service ", file.read())
+        self.assertIn("systemd 239 or later", self.text)
+
+    def test_what_it_says_of_the_names_and_limits_is_the_modules(self) -> None:
+        self.assertEqual(azure_provisioning.ANSWER_LIMIT, 1 << 20)
+        limits = azure_provisioning.ATTEMPT_LIMIT, azure_provisioning.LONGEST_PAUSE, azure_provisioning.OLD_IMDS_AFTER
+        self.assertEqual(limits, (10, 5, 10))
+        self.assertEqual((azure_provisioning.FIRST_PAUSE, azure_provisioning.LONGEST_RETRY_AFTER), (0.25, 30))
+
     def test_it_tells_how_to_boot(self) -> None:
         self.assertIn(f"sudo {test_boot.VARIABLE}=1 python3 -m unittest tests.test_boot", self.text)
+        self.assertIn(f"sudo {test_machine.VARIABLE}=1 python3 -m unittest tests.test_machine", self.text)
 
     def test_every_file_is_where_it_belongs(self) -> None:
         made = (".", "__", "build", "azure_provisioning.egg-info")
