@@ -105,11 +105,12 @@ class JourneyCase(Case):
     def check_vm(self, vm: VM, azure: Azure, name: str, started: float, reports: int = 1) -> None:
         """A VM made from the image is provisioned in time, is itself, and remembers nothing of the builder."""
         test: Any = self
-        wait_for("Ready", azure.reports, 15 * vm.patience)
+        wait_for("Ready", azure.reports, 30 * vm.patience)
         seconds = azure.reports()[-1]["time"] - started
         self.check_provisioned(vm, azure, name, reports)
         print(f"{vm.release}, {vm.client}: Ready {seconds:.1f} s after power on")
-        test.assertLess(seconds, 15 * vm.patience)
+        if vm.patience == 1:  # an emulated processor's time says nothing of a real one's
+            test.assertLess(seconds, 15)
         test.assertEqual(
             self.units(vm.run("systemctl", "list-unit-files", "--no-legend", "--state=enabled")), self.enabled
         )
