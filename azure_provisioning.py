@@ -1013,7 +1013,7 @@ def user_step(options: Options, metadata: InstanceMetadata) -> None:
         log(INFO, f"the VM was created with no {'key for ' + name if name else 'user'}: nothing to do")
         return
     if options.dry_run:
-        log(INFO, f"would {'keep' if find_user(name) else 'make'} the user {name}, with {len(keys)} SSH keys")
+        log(INFO, f"would {'keep' if find_user(name) else 'make'} the user {name}, SSH keys: {len(keys)}")
         return
     unlock_user_database()
     undo_unfinished_user()
@@ -1030,7 +1030,7 @@ def user_step(options: Options, metadata: InstanceMetadata) -> None:
     allow_sudo(user)
     if instance.passwords_disabled:
         refuse_passwords()
-    log(INFO, f"{name} can log in by {len(keys)} SSH keys")
+    log(INFO, f"{name} can log in, SSH keys: {len(keys)}")
 
 
 def ready_step(options: Options, metadata: InstanceMetadata) -> None:

@@ -1322,7 +1322,7 @@ class UserTest(Case):
             self.written[self.directory + "/90-azure-provisioning-alice"],
             ("# alice\n#1000 ALL=(ALL:ALL) NOPASSWD:ALL\n", 0o440),
         )
-        self.assertEqual(self.lines, ["made the user alice", "alice can log in by 1 SSH keys"])
+        self.assertEqual(self.lines, ["made the user alice", "alice can log in, SSH keys: 1"])
         self.assertFalse(os.path.exists(self.directory + "/unfinished"))
 
     def test_a_group_of_its_name_is_its_own(self) -> None:
@@ -1386,10 +1386,10 @@ class UserTest(Case):
 
     def test_a_dry_run_makes_nothing(self) -> None:
         self.user("-n", keys=[RSA, ED25519])
-        self.assertEqual(self.lines, ["would make the user alice, with 2 SSH keys"])
+        self.assertEqual(self.lines, ["would make the user alice, SSH keys: 2"])
         self.users["alice"] = 1000
         self.user("-n")
-        self.assertEqual(self.lines[1:], ["would keep the user alice, with 1 SSH keys"])
+        self.assertEqual(self.lines[1:], ["would keep the user alice, SSH keys: 1"])
         self.assertEqual((self.ran, self.as_user, self.written), ([], [], {}))
 
     def test_useradd_that_fails_is_an_error_and_leaves_its_mark(self) -> None:
