@@ -405,6 +405,9 @@ end
 # replace MODE FILE: make standard input the content of FILE, at once. FILE is for us, and comes from place().
 replace() {
     temporary=$(mktemp "$2.XXXXXX") # a name that nobody has, and a file that is no link
+    if [ ! -L "$2" ] && [ -f "$2" ]; then # its SELinux label may be one of its own; not every cp can do that
+        cp --attributes-only --preserve=xattr "$2" "$temporary" 2>/dev/null || :
+    fi
     cat >"$temporary"
     chmod "$1" "$temporary"
     [ ! -L "$2" ] || rm "$2" # or mv moves it into a directory that it leads to
@@ -700,7 +703,7 @@ check_agents() {
 
 # Print the name of another provisioning agent that the target system would start.
 find_agent() {
-    for agent in cloud-init walinuxagent waagent azure-init; do
+    for agent in cloud-init walinuxagent waagent azure-init afterburn-checkin; do
         if [ "$agent" = cloud-init ] && has -e /etc/cloud/cloud-init.disabled; then
             continue
         fi

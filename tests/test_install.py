@@ -262,6 +262,8 @@ class RefusalTest(InstallCase):
             ("cloud-init", "cloud-init-local.service", "cloud-init.target"),
             ("walinuxagent", "walinuxagent.service", "multi-user.target"),
             ("waagent", "waagent.service", "multi-user.target"),
+            ("azure-init", "azure-init.service", "multi-user.target"),
+            ("afterburn-checkin", "afterburn-checkin.service", "multi-user.target"),
         ):
             with self.subTest(agent):
                 self.setUp()
