@@ -2,8 +2,7 @@
 # Install azure-provisioning into this system, or into an image mounted at DIR; nothing from the image is run.
 set -eu
 umask 022
-unset CDPATH
-export LC_ALL=C
+export LC_ALL=C # what is in an image may be in no encoding at all
 
 usage='usage: install.sh [--user] [--root DIR] [--force]
        install.sh --generalize [--root DIR] [--force]
@@ -30,6 +29,7 @@ preset=$presets/00-azure-provisioning.preset
 ssh_unit=azure-provisioning-ssh-keys.service
 dropins=$units/$unit.d
 user_dropin=$dropins/10-user.conf
+again=/run/azure-provisioning/install.sh
 # Where systemd looks for units, the first that has one wins.
 unit_path="$units /usr/local/lib/systemd/system /usr/lib/systemd/system /lib/systemd/system"
 
@@ -369,10 +369,7 @@ end
 
 # last_line: print the line that ends a file whose other lines are standard input.
 last_line() {
-    cksum | {
-        read -r sum size
-        echo "# Written by install.sh, which tells from this line whether somebody changed the others: $sum $size"
-    }
+    sum=$(cksum) && echo "# Written by install.sh, which tells from this line whether somebody changed the others: $sum"
 }
 
 # is_ours FILE: whether it is as an install.sh wrote it.
@@ -633,9 +630,9 @@ running() {
 # their histories, systemd its random seed. So it is forgotten again after them.
 forget_again_at_shutdown() {
     running || return 0
-    mkdir -p /run/azure-provisioning
-    cat "$here/${0##*/}" >/run/azure-provisioning/forget
-    cat >/run/systemd/system/azure-provisioning-forget.service <<'end'
+    mkdir -p "${again%/*}"
+    cat "$here/${0##*/}" >"$again"
+    cat >/run/systemd/system/azure-provisioning-forget.service <<end
 [Unit]
 Description=Forget once more what the end of this boot has written
 DefaultDependencies=no
@@ -648,7 +645,7 @@ Before=shutdown.target
 Type=oneshot
 RemainAfterExit=yes
 ExecStart=/bin/true
-ExecStop=/bin/sh /run/azure-provisioning/forget --forget
+ExecStop=/bin/sh $again --forget
 end
     systemctl daemon-reload
     systemctl start azure-provisioning-forget.service
@@ -864,8 +861,10 @@ while [ $# -gt 0 ]; do
             [ -n "$root" ] || misused
             shift
             ;;
-        --uninstall | --generalize | --forget) # the last is our own, see forget_again_at_shutdown
+        --uninstall | --generalize | --forget)
             [ -z "$action" ] || misused
+            # The last is for forget_again_at_shutdown() alone.
+            [ "$1" != --forget ] || [ "$0" = "$again" ] || misused
             action=${1#--}
             ;;
         --user) user=yes ;;

@@ -231,37 +231,84 @@ class ForgetTest(GeneralizeCase):
         self.check_generalized()
         self.assertEqual(self.tree()["etc/systemd/system-preset/00-azure-provisioning.preset"], before)
 
-    def test_who_sits_at_a_terminal_is_asked(self) -> None:
-        # The running system is one of file systems in memory, and of the machine's /usr, which is not written to.
-        code = """
+    def running(self, code: str, stdin: int = subprocess.DEVNULL) -> "subprocess.CompletedProcess[str]":
+        """Run code where the running system is one of file systems in memory, and of the machine's /usr."""
+        mount = """
             for d in /etc /usr/local /run /var /home /root /boot /efi; do
                 [ ! -d $d ] || mount -t tmpfs tmpfs $d || exit
             done
+            mkdir /var/log /var/log/journal
             echo 0123 >/etc/machine-id
-            sh "$0" --generalize --force
-            status=$?
-            cat /etc/machine-id
-            exit $status
+            echo secret >/root/.bash_history
         """
+        return subprocess.run(
+            [*sandbox.unshare_command(), "sh", "-c", mount + code, INSTALL],
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            timeout=60,
+            check=False,
+        )
+
+    def test_who_sits_at_a_terminal_is_asked(self) -> None:
+        code = 'sh "$0" --generalize --force; status=$?; cat /etc/machine-id; exit $status'
         for answer, status in (("y\n", 0), ("YES\n", 0), ("n\n", 1), ("\n", 1), ("\x04", 1), (None, 0)):
             with self.subTest(answer):
                 ours, theirs = pty.openpty()
                 if answer:
                     os.write(ours, answer.encode())
-                done = subprocess.run(
-                    [*sandbox.unshare_command(), "sh", "-c", code, INSTALL],
-                    stdin=theirs if answer else subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    encoding="utf-8",
-                    timeout=60,
-                    check=False,
-                )
+                done = self.running(code, theirs if answer else subprocess.DEVNULL)
                 os.close(ours)
                 os.close(theirs)
                 self.assertEqual(done.returncode, status, done)
                 self.assertEqual("Go on? [y/N]" in done.stderr, answer is not None)
                 self.assertEqual(done.stdout.endswith("0123\n"), status == 1)
+
+    def test_the_running_system_forgets_once_more_when_it_is_shut_down(self) -> None:
+        done = self.running(
+            """
+            mkdir -p /run/systemd/system /run/bin
+            for tool in systemctl journalctl; do
+                printf '#!/bin/sh\\necho "$(basename $0) $*" >>/run/calls\\n' >/run/bin/$tool
+                chmod 755 /run/bin/$tool
+            done
+            PATH=/run/bin:$PATH
+            sh "$0" --generalize --force >/dev/null 2>&1 || exit
+            [ ! -e /root/.bash_history ] || exit
+            echo again >/root/.bash_history
+            eval "$(sed -n 's/^ExecStop=//p' /run/systemd/system/azure-provisioning-forget.service)"
+            cat /run/calls
+            """
+        )
+        self.assertEqual((done.returncode, done.stderr), (0, ""), done)
+        self.assertEqual(
+            done.stdout.splitlines(),
+            [
+                "forgot ~/.*_history: histories of shells and other programs",
+                "systemctl daemon-reload",
+                "systemctl start azure-provisioning-forget.service",
+                "journalctl --relinquish-var",
+                "journalctl --relinquish-var",
+            ],
+        )
+
+    def test_the_running_systemd_is_told(self) -> None:
+        done = self.running(
+            """
+            mkdir -p /run/systemd/system /run/bin
+            printf '#!/bin/sh\\necho "systemctl $*"\\n' >/run/bin/systemctl
+            chmod 755 /run/bin/systemctl
+            PATH=/run/bin:$PATH
+            sh "$0" --uninstall
+            """
+        )
+        self.assertEqual((done.stdout, done.stderr), ("systemctl daemon-reload\nuninstalled from /\n", ""), done)
+
+    def test_what_is_done_at_shutdown_cannot_be_asked_for(self) -> None:
+        before = self.tree()
+        self.assertEqual(self.install("--forget").returncode, 2)
+        self.assertEqual(self.tree(), before)
 
 
 class OutsideTest(GeneralizeCase):
@@ -404,6 +451,12 @@ class NoImageTest(GeneralizeCase):
                 self.write(NETWORK, "[Match]\nDriver=hv_netvsc\n[Network]\nDHCP=yes\n")
         self.write(NETWORK, f"[Match]\nMACAddress={mac}\n[Network]\nDHCP=yes\n")
         self.check_is_no_image("is bound to a MAC address")
+
+    def test_a_file_in_no_encoding_is_read_all_the_same(self) -> None:
+        with open(self.path("etc/netplan/x.yaml"), "wb") as file:
+            file.write(b"{caf\xe9: {macaddress: '00:0d:3a:12:34:56'}}\n")
+        done = self.install("--generalize", LC_ALL="C.UTF-8")
+        self.assertIn("is bound to a MAC address", done.stderr)
 
     def test_a_network_that_is_not_bound(self) -> None:
         for name, text in (

@@ -430,6 +430,17 @@ class OutsideTest(InstallCase):
         self.assertIn("half-way", done.stderr)
         self.assertNotIn(WANTS, self.tree())
 
+    def test_a_tool_that_fails_is_no_installed_program(self) -> None:
+        for tool in ("cksum", "sed", "cat", "mktemp", "mv", "chmod", "mkdir", "ln"):
+            with self.subTest(tool):
+                self.setUp()
+                shutil.rmtree(self.path("usr/local"))
+                failing = f"mkdir /run/bin; ln -s {shutil.which('false')} /run/bin/{tool}; PATH=/run/bin:$PATH"
+                done = self.install(first=failing)
+                self.assertNotEqual(done.returncode, 0, done)
+                self.assertEqual(done.stdout, "")
+                self.assertNotIn(WANTS, self.tree())
+
     def test_directories_are_not_writable_for_everybody(self) -> None:
         shutil.rmtree(self.path("usr/local"))
         shutil.rmtree(self.path("etc/systemd/system"))
