@@ -875,11 +875,20 @@ def undo_unfinished_user() -> None:
     name, home = [*unfinished, ""][:2]
     if find_user(name):
         run("userdel", "--force", name)
+        log(INFO, f"removed the user {name}, which was left unfinished")
     if home:
         import shutil
 
         shutil.rmtree(home, ignore_errors=True)
-    log(INFO, f"removed the user {name}, which was left unfinished")
+    finish_user()
+
+
+def finish_user() -> None:
+    """Take UNFINISHED away, or a later boot would undo what was made by then. Raises ProvisioningError."""
+    try:
+        os.unlink(UNFINISHED)
+    except OSError as error:
+        raise ProvisioningError(f"remove {UNFINISHED}: {error}") from error
 
 
 def make_user(name: str, groups: "Sequence[str]") -> None:
@@ -895,8 +904,15 @@ def make_user(name: str, groups: "Sequence[str]") -> None:
     with contextlib.suppress(KeyError):  # of a package, say: useradd would refuse to make its own
         options += ["--gid", str(grp.getgrnam(name).gr_gid)]
     replace_file(UNFINISHED, name + "\n" + ("" if os.path.lexists(home) else home), 0o600)
-    run("useradd", *options, "--", name)
-    os.unlink(UNFINISHED)
+    try:
+        run("useradd", *options, "--", name)
+    except ProvisioningError:
+        # At once: by the next boot somebody may have made this user by hand.
+        with contextlib.suppress(ProvisioningError):
+            unlock_user_database()  # of a useradd that took too long
+            undo_unfinished_user()
+        raise
+    finish_user()
 
 
 def administrators() -> "Dict[str, Sequence[str]]":

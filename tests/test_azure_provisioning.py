@@ -1274,7 +1274,7 @@ class UserTest(Case):
         for name, replacement in {
             "run": self.run_command,
             "replace_file": self.write,
-            "read_file": lambda path: self.files.get(path, ""),
+            "read_file": self.read,
             "administrators": lambda: {"sudo": ["bob"], "adm": ["bob"]},
             "as_user": lambda user, action: self.as_user.append((user.pw_name, action)),
             "unlock_user_database": lambda: self.ran.append("unlock"),
@@ -1289,12 +1289,18 @@ class UserTest(Case):
 
     def run_command(self, *command: str) -> None:
         self.ran.append(" ".join(command))
-        if self.failing and self.failing in self.ran[-1]:
-            raise ProvisioningError(f"{self.failing}: exit status 1: no")
         if command[0] == "useradd":
             self.users[command[-1]] = 1000
+        if self.failing and self.failing in self.ran[-1]:
+            raise ProvisioningError(f"{self.failing}: exit status 1: no")
         if command[0] == "userdel":
             del self.users[command[-1]]
+
+    def read(self, path: str) -> str:
+        if os.path.isfile(path) and path.startswith(self.directory):
+            with open(path, encoding="utf-8") as file:
+                return file.read()
+        return self.files.get(path, "")
 
     def write(self, path: str, text: str, mode: int = 0o644) -> None:
         self.written[path] = text, mode
@@ -1392,28 +1398,47 @@ class UserTest(Case):
         self.assertEqual(self.lines[1:], ["would keep the user alice, SSH keys: 1"])
         self.assertEqual((self.ran, self.as_user, self.written), ([], [], {}))
 
-    def test_useradd_that_fails_is_an_error_and_leaves_its_mark(self) -> None:
+    def test_useradd_that_fails_is_an_error_and_is_undone_at_once(self) -> None:
         self.failing = "useradd"
         self.user(status=1)
-        self.assertEqual(self.lines, ["user failed: useradd: exit status 1: no"])
+        self.assertEqual([line.split()[0] for line in self.ran], ["unlock", "useradd", "unlock", "userdel"])
+        self.assertEqual(self.lines[-1], "user failed: useradd: exit status 1: no")
+        self.assertFalse(os.path.exists(self.directory + "/unfinished"))
+        self.failing = "alice"
+        self.user(status=1)
+        self.assertEqual(self.lines[-1], "user failed: alice: exit status 1: no")
         self.assertTrue(os.path.exists(self.directory + "/unfinished"))
 
     def test_a_user_that_a_power_cut_left_unfinished_is_made_anew(self) -> None:
         home = self.directory + "/home"
-        os.mkdir(home)
         for text, there, removed in (
             (f"alice\n{home}", True, True),
             ("alice\n", True, False),
             (f"alice\n{home}", False, True),
         ):
             self.ran.clear()
+            self.forget()
             os.makedirs(home, exist_ok=True)
             self.users = {"alice": 1000} if there else {}
-            self.files[self.directory + "/unfinished"] = text
+            self.write(self.directory + "/unfinished", text)
             self.user()
             self.assertEqual(self.ran[: 1 + there], ["unlock", "userdel --force alice"][: 1 + there])
             self.assertTrue(self.ran[-1].startswith("useradd "))
+            self.assertEqual(self.lines[0].startswith("removed the user alice,"), there)
             self.assertNotEqual(os.path.exists(home), removed)
+
+    def test_what_was_undone_is_not_undone_again(self) -> None:
+        self.users = {"bob": 1001}
+        self.write(self.directory + "/unfinished", "alice\n")
+        self.user(admin_username="bob")
+        self.users["alice"] = 1002  # made by hand
+        self.user()
+        self.assertNotIn("userdel --force alice", self.ran)
+
+    def test_a_mark_that_cannot_be_removed_is_one_line(self) -> None:
+        with mock.patch.object(os, "unlink", side_effect=OSError("read-only")):
+            self.user(status=1)
+        self.assertRegex(self.lines[-1], "^user failed: remove .*/unfinished: read-only$")
 
     def test_a_home_that_is_there_is_not_called_ours(self) -> None:
         with mock.patch.object(os.path, "lexists", return_value=True):
