@@ -901,8 +901,9 @@ def make_user(name: str, groups: "Sequence[str]") -> None:
     home = f"/home/{name}"
     shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
     options = ["--create-home", "--home-dir", home, "--shell", shell, "--groups", ",".join(groups)]
-    with contextlib.suppress(KeyError):  # of a package, say: useradd would refuse to make its own
-        options += ["--gid", str(grp.getgrnam(name).gr_gid)]
+    with contextlib.suppress(KeyError):
+        grp.getgrnam(name)  # of a package, say: useradd would refuse to make its own
+        options.append("--no-user-group")
     replace_file(UNFINISHED, name + "\n" + ("" if os.path.lexists(home) else home), 0o600)
     try:
         run("useradd", *options, "--", name)

@@ -1331,11 +1331,11 @@ class UserTest(Case):
         self.assertEqual(self.lines, ["made the user alice", "alice can log in, SSH keys: 1"])
         self.assertFalse(os.path.exists(self.directory + "/unfinished"))
 
-    def test_a_group_of_its_name_is_its_own(self) -> None:
-        with mock.patch.object(grp, "getgrnam", return_value=mock.Mock(gr_gid=27)) as find:
+    def test_a_group_that_has_its_name_is_left_alone(self) -> None:
+        with mock.patch.object(grp, "getgrnam") as find:
             self.user()
         find.assert_called_once_with("alice")
-        self.assertIn(" --gid 27 -- alice", self.ran[-1])
+        self.assertIn(" --no-user-group -- alice", self.ran[-1])
 
     def test_a_user_that_exists_is_kept_and_gets_what_it_lacks(self) -> None:
         self.users.update(alice=1001, bob=1002)
