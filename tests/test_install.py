@@ -183,7 +183,9 @@ class InstallTest(InstallCase):
         self.assertEqual(self.tree(), before)
 
     def test_uninstall_of_nothing_is_fine(self) -> None:
-        self.assertEqual(self.install("--uninstall").returncode, 0)
+        done = self.install("--uninstall")
+        self.assertEqual((done.returncode, done.stderr), (0, ""), done)
+        self.assertRegex(done.stdout, r"\Auninstalled from .*/image root\n\Z")
 
     def test_an_absolute_link_in_the_image_stays_in_the_image(self) -> None:
         shutil.rmtree(self.path("usr/local"))
