@@ -900,7 +900,7 @@ def make_user(name: str, groups: "Sequence[str]") -> None:
 
     home = f"/home/{name}"
     shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
-    options = ["--create-home", "--home-dir", home, "--shell", shell, "--groups", ",".join(groups)]
+    options = ["--no-log-init", "--create-home", "--home-dir", home, "--shell", shell, "--groups", ",".join(groups)]
     with contextlib.suppress(KeyError):
         grp.getgrnam(name)  # of a package, say: useradd would refuse to make its own
         options.append("--no-user-group")

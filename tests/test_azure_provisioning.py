@@ -1319,7 +1319,7 @@ class UserTest(Case):
         with mock.patch.object(grp, "getgrnam", side_effect=KeyError):
             self.user()
         shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
-        made = f"useradd --create-home --home-dir /home/alice --shell {shell} --groups adm,sudo -- alice"
+        made = f"useradd --no-log-init --create-home --home-dir /home/alice --shell {shell} --groups adm,sudo -- alice"
         self.assertEqual(self.ran, ["unlock", made])
         self.assertEqual([name for name, _ in self.as_user], ["alice"])
         action = self.as_user[0][1]
