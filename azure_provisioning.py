@@ -35,18 +35,18 @@ if TYPE_CHECKING:
 
     Result = TypeVar("Result")
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 WIRESERVER = "168.63.129.16"  # https://learn.microsoft.com/azure/virtual-network/what-is-ip-address-168-63-129-16
-WIRESERVER_BUDGET = 1200.0  # seconds; the platform gives up on a VM after 20 to 40 minutes
+WIRESERVER_TIMEOUT = 1200.0  # seconds; the platform gives up on a VM after 20 to 40 minutes
 IMDS = "169.254.169.254"  # https://learn.microsoft.com/azure/virtual-machines/instance-metadata-service
-IMDS_BUDGET = 120.0  # seconds; Ready waits for it, so it is a small part of the other
+IMDS_TIMEOUT = 120.0  # seconds; Ready waits for it, so it is a small part of the other
 
 ATTEMPT_LIMIT = 10.0  # seconds for one attempt, whatever the peer does
 FIRST_PAUSE = 0.25  # seconds between the starts of two attempts, then twice that, and so on
 LONGEST_PAUSE = 5.0
 LONGEST_RETRY_AFTER = 30.0
-LAST_ATTEMPT = 1.0  # seconds that are left for it at the end of a budget
+LAST_ATTEMPT = 1.0  # seconds that are left for it at the end of a timeout
 
 
 class ProvisioningError(Exception):
@@ -97,13 +97,13 @@ def open_standard_streams() -> None:
 # Trying again: on a network that is coming up, a refusal now is an answer in a minute.
 
 
-def keep_trying(attempt: "Callable[[float], Result]", budget: float) -> "Result":
+def keep_trying(attempt: "Callable[[float], Result]", timeout: float) -> "Result":
     """Call attempt with a deadline, a time of time.monotonic(), and return what it returns.
 
-    If it raises ProvisioningError, whatever the reason, it is called again until budget, in seconds, is spent; then the
-    last one is raised.
+    If it raises ProvisioningError, whatever the reason, it is called again until timeout, in seconds, is over; then
+    the last one is raised.
     """
-    end = time.monotonic() + budget
+    end = time.monotonic() + timeout
     pause = FIRST_PAUSE
     while True:
         started = time.monotonic()
@@ -114,7 +114,7 @@ def keep_trying(attempt: "Callable[[float], Result]", budget: float) -> "Result"
         now = time.monotonic()
         latest = end - LAST_ATTEMPT
         if now >= latest:
-            raise ProvisioningError(f"{failure}; gave up after {budget:g} s", failure.status)
+            raise ProvisioningError(f"{failure}; gave up after {timeout:g} s", failure.status)
 
         import random  # here, because most VMs need it never, and it takes a tenth of what the step ready takes
 
@@ -122,8 +122,8 @@ def keep_trying(attempt: "Callable[[float], Result]", budget: float) -> "Result"
         # an attempt takes long to fail. They vary by chance, so that VMs started together spread out.
         regular = started + pause * random.uniform(0.5, 1)
         soonest = now + FIRST_PAUSE * random.uniform(0.5, 1)
-        told = now + min(failure.retry_after, LONGEST_RETRY_AFTER)
-        wait = min(max(regular, soonest, told), latest) - now
+        asked_for = now + min(failure.retry_after, LONGEST_RETRY_AFTER)
+        wait = min(max(regular, soonest, asked_for), latest) - now
         log(WARNING, f"{failure}; trying again in {wait:.1f} s")
         time.sleep(wait)
         pause = min(pause * 2, LONGEST_PAUSE)
@@ -176,8 +176,8 @@ def exchange(
     log(DEBUG, f"{asked}: status {status}: {text:.3000}")
     if not 200 <= status < 300:
         # The errors of the WireServer are pages of HTML.
-        told = " ".join(re.sub("<[^<>]*>", " ", text[:1000]).split()) or reason
-        raise ProvisioningError(f"{asked}: status {status} {told:.200}", status, retry_after)
+        detail = " ".join(re.sub("<[^<>]*>", " ", text[:1000]).split()) or reason
+        raise ProvisioningError(f"{asked}: status {status} {detail:.200}", status, retry_after)
     return text
 
 
@@ -342,13 +342,14 @@ OLD_IMDS_AFTER = 10.0  # seconds in which nothing but 400 came back: this IMDS d
 class Instance:
     """What the IMDS document says of this VM, checked only for its types but for host_name, which is one.
 
-    public_keys are the texts that were given as SSH keys; passwords_disabled says that the VM is to be entered by key.
+    admin_username is '' if there is no user, None if that is not known; public_keys are the texts that were given as
+    SSH keys; passwords_disabled says that the VM is to be entered by key.
     """
 
     def __init__(
         self,
         host_name: str,
-        admin_username: str = "",
+        admin_username: "Optional[str]" = None,
         public_keys: "Sequence[str]" = (),
         passwords_disabled: bool = False,
     ) -> None:
@@ -395,11 +396,11 @@ def valid_host_name(name: str) -> str:
 
 
 class InstanceMetadata:
-    """IMDS at address (HOST[:PORT]), asked for budget seconds at most, and once only: see get()."""
+    """IMDS at address (HOST[:PORT]), asked for timeout seconds at most, and once only: see get()."""
 
-    def __init__(self, address: str, budget: float) -> None:
+    def __init__(self, address: str, timeout: float) -> None:
         self.address = address
-        self.budget = budget
+        self.timeout = timeout
         self.refusing_since: Optional[float] = None
         self.instance: Optional[Instance] = None
         self.failure: Optional[ProvisioningError] = None
@@ -410,7 +411,7 @@ class InstanceMetadata:
             raise self.failure
         if not self.instance:
             try:
-                self.instance = keep_trying(self.attempt, self.budget)
+                self.instance = keep_trying(self.attempt, self.timeout)
             except ProvisioningError as error:
                 self.failure = error
                 raise
@@ -446,8 +447,11 @@ FILE_LIMIT = 1 << 22  # characters
 SELINUX_LABEL = "security.selinux"
 
 
-def run(*command: str) -> None:
-    """Run command without a shell, for COMMAND_LIMIT at most. Raises ProvisioningError unless it succeeds."""
+def run(*command: str) -> str:
+    """Run command without a shell, for COMMAND_LIMIT at most, and return its output.
+
+    Raises ProvisioningError unless it succeeds.
+    """
     import subprocess  # here, because a VM that has its name already runs nothing
 
     asked = " ".join(command)
@@ -457,9 +461,10 @@ def run(*command: str) -> None:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ProvisioningError(f"{asked}: {error}") from error
+    output = done.stdout.decode("utf-8", "replace").strip()
     if done.returncode:
-        output = done.stdout.decode("utf-8", "replace").strip()
         raise ProvisioningError(f"{asked}: exit status {done.returncode}: {output:.200}")
+    return output
 
 
 def read_file(path: str) -> str:
@@ -599,14 +604,14 @@ def update_hosts(name: str, dry_run: bool = False) -> None:
 
 
 class Renewal:
-    """How a DHCP client is made to ask again: the call that does it, how that is told, and the file that shows it.
+    """How a DHCP client is made to ask again: the call that does it, how one would do it by hand, and what shows it.
 
     The call raises ProvisioningError. lease is the file that the client rewrites then, '' if the call waits for that.
     """
 
-    def __init__(self, ask: "Callable[[], None]", told: str, lease: str = "") -> None:
+    def __init__(self, ask: "Callable[[], object]", by_hand: str, lease: str = "") -> None:
         self.ask = ask
-        self.told = told
+        self.by_hand = by_hand
         self.lease = lease
 
 
@@ -683,6 +688,7 @@ def ask_dhcpcd(path: str, interface: str) -> None:
         raise ProvisioningError(f"ask {path} to renew {interface}: {error}") from error
 
 
+# Whoever adds one: install.sh knows what its leases are called and which unit starts it, tests/vm.py how it is set up.
 DHCP_CLIENTS = (networkd, network_manager, ifupdown, dhcpcd)
 
 
@@ -742,17 +748,17 @@ def publish_host_name(name: str, dry_run: bool = False) -> None:
     Best effort, for COMMAND_LIMIT at most: trouble is one line that says what to do by hand, and an error only if the
     interface has lost its address or its default route.
     """
-    by_hand = f"for other machines to resolve {name}, restart the DHCP client, or reboot"
+    advice = f"for other machines to resolve {name}, restart the DHCP client, or reboot"
     interface = default_interface()
     try:
         renewal = find_renewal(interface) if interface else None
         if not renewal:
             raise ProvisioningError(f"found no DHCP lease to renew on {interface or 'a default route'}")
     except ProvisioningError as error:
-        log(WARNING, f"{error}; {by_hand}")
+        log(WARNING, f"{error}; {advice}")
         return
     if dry_run:
-        log(INFO, f"would publish {name} by {renewal.told}")
+        log(INFO, f"would publish {name} by {renewal.by_hand}")
         return
     started = time.monotonic()
     deadline = started + COMMAND_LIMIT
@@ -761,15 +767,15 @@ def publish_host_name(name: str, dry_run: bool = False) -> None:
     try:
         renewal.ask()
         if renewal.lease and not wait_until(lambda: modified(renewal.lease) not in (0, written), deadline):
-            trouble = f"{renewal.told}: no new lease"
+            trouble = f"{renewal.by_hand}: no new lease"
     except ProvisioningError as error:
         trouble = str(error)
     if not wait_until(is_connected, deadline):
-        log(ERROR, f"{interface} has no address or no default route since {renewal.told}; {trouble or by_hand}")
+        log(ERROR, f"{interface} has no address or no default route since {renewal.by_hand}; {trouble or advice}")
     elif trouble:
-        log(WARNING, f"{trouble}; {by_hand}")
+        log(WARNING, f"{trouble}; {advice}")
     else:
-        log(INFO, f"published {name} by {renewal.told}, after {time.monotonic() - started:.1f} s")
+        log(INFO, f"published {name} by {renewal.by_hand}, after {time.monotonic() - started:.1f} s")
 
 
 # The user that the VM was created with.
@@ -780,7 +786,7 @@ ADMINISTRATORS = ("sudo", "wheel", "adm")  # the groups, of which each distribut
 USER_DATABASE = "/etc"  # passwd(5), group(5), and what belongs to them
 UNFINISHED = "/etc/azure-provisioning.unfinished"  # names the user that is being made, and a home directory of ours
 SUDOERS = "/etc/sudoers.d"
-SSHD_CONFIG = "/etc/ssh/sshd_config"
+SSHD = "/usr/sbin/sshd"
 SSHD_DROP_IN = "/etc/ssh/sshd_config.d/10-azure-provisioning.conf"  # sshd takes the first value that it reads
 KEY_LIMIT = 1 << 13  # characters; older sshds read no longer lines
 
@@ -913,6 +919,7 @@ def make_user(name: str, groups: "Sequence[str]") -> None:
             unlock_user_database()  # of a useradd that took too long
             undo_unfinished_user()
         raise
+    os.sync()  # useradd leaves that to the kernel for what it puts into a home
     finish_user()
 
 
@@ -970,23 +977,31 @@ def add_keys(home: str, keys: "Sequence[str]") -> None:
 def allow_sudo(user: "pwd.struct_passwd") -> None:
     """Let user do everything without a password, where there is sudo. Raises ProvisioningError."""
     if os.path.isdir(SUDOERS):
-        # By ID, for a name may mean something else in sudoers(5): ALL does. sudo skips files with a dot in their name.
+        # In quotes, or a name may mean something else in sudoers(5): ALL does. It skips files with a dot in their name.
         path = f"{SUDOERS}/90-azure-provisioning-{user.pw_name.replace('.', '_')}"
-        replace_file(path, f"# {user.pw_name}\n#{user.pw_uid} ALL=(ALL:ALL) NOPASSWD:ALL\n", 0o440)
+        replace_file(path, f'"{user.pw_name}" ALL=(ALL:ALL) NOPASSWD:ALL\n', 0o440)
 
 
 def refuse_passwords() -> None:
-    """Have sshd take keys only, if there is one. Raises ProvisioningError."""
-    configuration = read_file(SSHD_CONFIG)
-    if not configuration:
+    """Have sshd take keys only, if there is one. Raises ProvisioningError if it does not."""
+    if not os.path.exists(SSHD):
         return
-    if not re.search(r"(?mi)^[ \t]*Include[ \t=].*sshd_config\.d/\*\.conf", configuration):
-        raise ProvisioningError(f"{SSHD_CONFIG} includes no drop-ins: set PasswordAuthentication no in the image")
-    wanted = "PasswordAuthentication no\nKbdInteractiveAuthentication no\n"
+    # The third is what the second was called before OpenSSH 8.7.
+    wanted = "PasswordAuthentication no\nKbdInteractiveAuthentication no\nChallengeResponseAuthentication no\n"
     if read_file(SSHD_DROP_IN) != wanted:
         replace_file(SSHD_DROP_IN, wanted, 0o600)
         # As patterns: what does not match a unit that is loaded is no error.
         run("systemctl", "try-reload-or-restart", "[s]sh.service", "[s]shd.service")
+    try:
+        settings = run(SSHD, "-T")
+    except ProvisioningError as error:  # it wants directories and keys that may come later in the boot
+        log(INFO, f"{error}; {SSHD_DROP_IN} says that it takes no passwords")
+        return
+    taken = re.findall(r"(?m)^(?:password|kbdinteractive|challengeresponse)authentication yes", settings)
+    if taken:
+        raise ProvisioningError(
+            f"sshd has {', '.join(taken)} in spite of {SSHD_DROP_IN}: change the image's sshd_config"
+        )
 
 
 # The steps, in the order in which a VM lives them, and the command line.
@@ -1001,8 +1016,9 @@ class Options:
     fail: "Optional[str]" = None
     wireserver = WIRESERVER
     imds = IMDS
-    wireserver_budget = WIRESERVER_BUDGET
-    imds_budget = IMDS_BUDGET
+    wireserver_timeout = WIRESERVER_TIMEOUT
+    imds_timeout = IMDS_TIMEOUT
+    timeout: "Optional[float]" = None  # for both, where it is given
 
 
 def hostname_step(options: Options, metadata: InstanceMetadata) -> None:
@@ -1023,17 +1039,25 @@ def hostname_step(options: Options, metadata: InstanceMetadata) -> None:
 
 def user_step(options: Options, metadata: InstanceMetadata) -> None:
     """Make the user that the VM was created with, and let it in with its keys. Raises ProvisioningError."""
+    if not options.dry_run:
+        unlock_user_database()
+        undo_unfinished_user()
     instance = metadata.get()
     name = instance.admin_username
+    if name is None:
+        raise ProvisioningError(f"{options.imds} is too old to tell the user")
     keys = [key for text in instance.public_keys for key in parse_keys(text)]
-    if not name or not keys:
-        log(INFO, f"the VM was created with no {'key for ' + name if name else 'user'}: nothing to do")
+    if not name:
+        log(INFO, "the VM was created without a user: nothing to do")
         return
+    if not any(text.strip() for text in instance.public_keys):
+        log(INFO, f"the VM was created without a key for {name}: nothing to do")
+        return
+    if not keys:
+        raise ProvisioningError(f"nothing of what was given as SSH keys for {name} is one")
     if options.dry_run:
         log(INFO, f"would {'keep' if find_user(name) else 'make'} the user {name}, SSH keys: {len(keys)}")
         return
-    unlock_user_database()
-    undo_unfinished_user()
     groups = administrators()
     if not find_user(name):
         make_user(name, sorted(groups))
@@ -1056,7 +1080,7 @@ def ready_step(options: Options, metadata: InstanceMetadata) -> None:
     def attempt(deadline: float) -> None:
         report_health(options.wireserver, deadline, options.fail, options.dry_run)
 
-    keep_trying(attempt, options.wireserver_budget)
+    keep_trying(attempt, options.wireserver_timeout)
 
 
 # Ready comes last, for it is a promise: who is told that the VM is ready finds it under its name, and can log in.
@@ -1089,15 +1113,13 @@ def parse_arguments(arguments: "Sequence[str]") -> Options:
     parser.add_argument(
         "-n", "--dry-run", action="store_true", help="ask both services, but change nothing and report nothing"
     )
-    parser.add_argument(
-        "--wireserver", type=address, default=WIRESERVER, metavar="HOST[:PORT]", help="instead of %(default)s"
-    )
-    parser.add_argument("--imds", type=address, default=IMDS, metavar="HOST[:PORT]", help="instead of %(default)s")
+    parser.add_argument("--wireserver", type=address, metavar="HOST[:PORT]", help="instead of " + WIRESERVER)
+    parser.add_argument("--imds", type=address, metavar="HOST[:PORT]", help="instead of " + IMDS)
     parser.add_argument(
         "--timeout",
         type=seconds,
         metavar="SECONDS",
-        help=f"how long to keep trying each service (default: {WIRESERVER_BUDGET:g}, for IMDS {IMDS_BUDGET:g})",
+        help=f"how long to keep trying each service (default: {WIRESERVER_TIMEOUT:g}, for IMDS {IMDS_TIMEOUT:g})",
     )
     parser.add_argument("--fail", metavar="REASON", help="report that provisioning failed, instead of running steps")
     parser.add_argument(
@@ -1106,18 +1128,15 @@ def parse_arguments(arguments: "Sequence[str]") -> Options:
         metavar="STEP",
         help="{}, always in this order (default: {})".format(", ".join(STEPS), " ".join(Options.steps)),
     )
-    parsed = parser.parse_args(arguments)
-    for step in parsed.steps:
+    options = parser.parse_args(arguments, namespace=Options())
+    for step in options.steps:
         if step not in STEPS:
             parser.error("no such step: {!r} (there are {})".format(step, ", ".join(STEPS)))
-    if parsed.steps and parsed.fail is not None:
+    if options.steps and options.fail is not None:
         parser.error("--fail replaces the steps: name none")
-    options = Options()
-    options.dry_run, options.verbose, options.fail = parsed.dry_run, parsed.verbose, parsed.fail
-    options.wireserver, options.imds = parsed.wireserver, parsed.imds
-    options.steps = ("ready",) if parsed.fail is not None else parsed.steps or options.steps
-    if parsed.timeout:
-        options.wireserver_budget = options.imds_budget = parsed.timeout
+    options.steps = ("ready",) if options.fail is not None else options.steps or Options.steps
+    if options.timeout:
+        options.wireserver_timeout = options.imds_timeout = options.timeout
     return options
 
 
@@ -1136,7 +1155,7 @@ def main(arguments: "Optional[Sequence[str]]" = None) -> int:
     else:
         options = parse_arguments(arguments)
     log_level = DEBUG if options.verbose else INFO
-    metadata = InstanceMetadata(options.imds, options.imds_budget)
+    metadata = InstanceMetadata(options.imds, options.imds_timeout)
     failed = 0
     for name, step in STEPS.items():
         if name in options.steps:

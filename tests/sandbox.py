@@ -97,6 +97,10 @@ def furnish(host_name: str, hosts: Optional[str]) -> None:
     links = {}
     if os.path.isdir("/etc/alternatives"):
         links = {name: os.path.realpath("/etc/alternatives/" + name) for name in os.listdir("/etc/alternatives")}
+    for directory in ("/home", "/var"):  # of the machine, and root may make a user
+        if os.access(directory, os.W_OK):
+            call("mount", "-n", "--bind", directory, directory)
+            call("mount", "-n", "-o", "remount,bind,ro", directory)
     for directory in ("/etc", "/run", "/var/run"):
         if os.path.isdir(directory) and not os.path.islink(directory):
             call("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", directory)

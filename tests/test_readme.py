@@ -45,8 +45,8 @@ class ReadmeTest(unittest.TestCase):
         self.assertEqual(drop_in, ["ExecStart=", unit[0] + " --timeout 300", unit[1]])
 
     def test_its_figures_are_the_modules(self) -> None:
-        budgets = azure_provisioning.WIRESERVER_BUDGET, azure_provisioning.IMDS_BUDGET
-        self.assertIn("{:.0f} for WireServer and {:.0f} for IMDS".format(*budgets), self.text)
+        timeouts = azure_provisioning.WIRESERVER_TIMEOUT, azure_provisioning.IMDS_TIMEOUT
+        self.assertIn("{:.0f} for WireServer and {:.0f} for IMDS".format(*timeouts), self.text)
 
     def test_the_steps_are_named_in_their_order(self) -> None:
         steps = ", ".join(f"`{step}`" for step in azure_provisioning.STEPS)
@@ -75,6 +75,25 @@ class ReadmeTest(unittest.TestCase):
         limits = azure_provisioning.ATTEMPT_LIMIT, azure_provisioning.LONGEST_PAUSE, azure_provisioning.OLD_IMDS_AFTER
         self.assertEqual(limits, (10, 5, 10))
         self.assertEqual((azure_provisioning.FIRST_PAUSE, azure_provisioning.LONGEST_RETRY_AFTER), (0.25, 30))
+
+    def test_the_messages_that_it_explains_are_the_modules(self) -> None:
+        with open(sandbox.SCRIPT, encoding="utf-8") as file:
+            module = file.read()
+        for message in (
+            "no complete answer within",
+            "gave up after",
+            " failed: ",
+            "the VM was created without a key for",
+            "not an SSH key, left out: ",
+            "found no DHCP lease to renew",
+            "dhcpcd sends no host name",
+            "can log in, SSH keys: ",
+        ):
+            self.assertIn(message, module)
+            self.assertIn(message, self.text)
+
+    def test_nothing_in_it_is_still_to_be_filled_in(self) -> None:
+        self.assertEqual(re.findall(r"\b(?:TODO|FIXME|XXX|[A-Z]*SCORE)\b", self.text), [])
 
     def test_it_tells_how_to_boot(self) -> None:
         self.assertIn(f"sudo {test_boot.VARIABLE}=1 python3 -m unittest tests.test_boot", self.text)

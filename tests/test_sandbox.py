@@ -514,6 +514,10 @@ class SandboxTest(SandboxCase):
         result = self.vm_command("sh", "-c", 'ls -A /run; echo "bus: $DBUS_SYSTEM_BUS_ADDRESS"')
         self.assertEqual(result.stdout, "bus: \n")
 
+    def test_homes_and_logs_of_the_machine_cannot_be_written(self) -> None:
+        result = self.vm_command("sh", "-c", "for d in /home /var; do touch $d/x && rm $d/x && echo written; done; :")
+        self.assertEqual((result.status, result.stdout), (0, ""), result)
+
     def test_it_refuses_to_furnish_the_machine(self) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "tests.sandbox"],

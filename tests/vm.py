@@ -371,7 +371,7 @@ class VM:
             return
         self.write("etc/hostname", IMAGE_NAME + "\n")
         self.write("etc/hosts", f"127.0.0.1 localhost\n127.0.1.1 {IMAGE_NAME}\n")
-        self.forget_identity()
+        self.write("etc/machine-id", "")
         for name, text in NETWORK[client].items():
             self.write(name, text)
         for other in UNITS:
@@ -441,10 +441,6 @@ class VM:
     def systemctl(self, *arguments: str) -> str:
         """Run systemctl on the disk, while the machine is off."""
         return self.lab.run("systemctl", "--root=" + self.root, *arguments, check=False).stdout
-
-    def forget_identity(self) -> None:
-        """Do what the README tells to do before an image is captured."""
-        self.write("etc/machine-id", "uninitialized\n")
 
     # Its life.
 
