@@ -46,6 +46,19 @@ ANSWER = (
 )
 
 
+def hardware() -> Tuple[str, ...]:
+    """Return the start of QEMU's command line, for a VM as Azure's are: all but what it boots from."""
+    mac_address = ":".join(re.findall("..", MAC_ADDRESS))
+    return (
+        *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
+        *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1024"),
+        *("-uuid", VM_ID, "-smbios", "type=3,asset=" + ASSET_TAG),
+        *("-netdev", "tap,id=cable,ifname=azure0,script=no,downscript=no"),
+        *("-device", "virtio-net-pci,netdev=cable,mac=" + mac_address),
+        *("-serial", "stdio"),
+    )
+
+
 class Machine(VM):
     """A VM that is a whole machine. What is written to its root is on its disk from its first boot on."""
 
@@ -107,16 +120,10 @@ class Machine(VM):
             self.make_disk()
         self.shell, far_end = socket.socketpair()
         self.heard = b""
-        mac_address = ":".join(re.findall("..", MAC_ADDRESS))
-        command: Tuple[str, ...] = (
-            *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
-            *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1024"),
-            *("-uuid", VM_ID, "-smbios", "type=3,asset=" + ASSET_TAG),
+        command = (
+            *hardware(),
             *("-kernel", self.kernel, "-initrd", self.initrd, "-append", " ".join([KERNEL, *kernel])),
             *("-drive", f"file={self.disk},format=raw,if=virtio"),
-            *("-netdev", "tap,id=cable,ifname=azure0,script=no,downscript=no"),
-            *("-device", "virtio-net-pci,netdev=cable,mac=" + mac_address),
-            *("-serial", "stdio"),
             *("-chardev", f"socket,id=shell,fd={far_end.fileno()}", "-serial", "chardev:shell"),
         )
         self.switched_on = time.monotonic()

@@ -31,6 +31,13 @@ class Image(Container):
     others = "disable"
 
 
+def ssh_command(vm: VM, azure: Azure, user: str, key: str, *command: str) -> Sequence[str]:
+    """Return the command line of a real SSH client at the far end, which runs command in vm."""
+    options = ["-F", "none", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o", "IdentitiesOnly=yes"]
+    options += ["-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-i", vm.lab.path(key)]
+    return [*azure.enter(), "ssh", *options, f"{user}@{vm.addresses()[0]}", *command]
+
+
 class JourneyCase(Case):
     """The journeys of one release; a class of each is made below."""
 
@@ -137,10 +144,8 @@ class JourneyCase(Case):
 
     def ssh(self, vm: VM, azure: Azure, user: str, key: str, *command: str) -> "subprocess.CompletedProcess[str]":
         """Run command in vm over a real SSH client at the far end."""
-        options = ["-F", "none", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o", "IdentitiesOnly=yes"]
-        options += ["-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-i", self.lab.path(key)]
         return subprocess.run(
-            [*azure.enter(), "ssh", *options, f"{user}@{vm.addresses()[0]}", *command],
+            ssh_command(vm, azure, user, key, *command),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
