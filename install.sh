@@ -510,8 +510,9 @@ in_homes() {
         done
     fi
     has -f /etc/passwd || return 0
-    while IFS=: read -r _ _ _ _ _ home _; do
-        case $home in /home/* | /root | /) ;; /*) "$1" "$home$2" ;; esac
+    # The last line may lack its end, as with all who read these files.
+    while IFS=: read -r _ _ _ _ _ home _ || [ -n "$home" ]; do
+        case $home in /*) "$1" "$home$2" ;; esac
     done <"$located"
 }
 
@@ -581,7 +582,7 @@ end
 tell_what_is_left() {
     with_keys='' with_password=''
     if has -f /etc/passwd; then
-        while IFS=: read -r account password _ _ _ home _; do
+        while IFS=: read -r account password _ _ _ home _ || [ -n "$account" ]; do
             ! has_keys "$home" || with_keys="$with_keys $account"
             ! opens "$account" "$password" || with_password="$with_password $account"
         done <"$located"
@@ -607,7 +608,7 @@ opens() {
     if [ "$2" = x ]; then
         hash='*'
         if has -f /etc/shadow; then
-            while IFS=: read -r shadow_account shadow_hash _; do
+            while IFS=: read -r shadow_account shadow_hash _ || [ -n "$shadow_account" ]; do
                 [ "$shadow_account" != "$1" ] || hash=$shadow_hash
             done <"$located"
         fi

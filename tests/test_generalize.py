@@ -144,6 +144,14 @@ class ForgetTest(GeneralizeCase):
                 left = {name for name, entry in after.items() if entry[1] == "the builder's\n"}
                 self.assertEqual(left, set(KEPT))
 
+    def test_a_home_is_found_wherever_passwd_has_it_and_in_a_last_line_without_an_end(self) -> None:
+        self.write("etc/passwd", "a:x:1:1::/home/people/a:\nb:x:1:1::/home/.b:\nc:x:1:1::/srv/c")
+        histories = {name + "/.bash_history" for name in ("home/people/a", "home/.b", "srv/c")}
+        for name in histories:
+            self.write(name, "the builder's")
+        self.check_generalized()
+        self.assertEqual(histories & set(self.tree()), set())
+
     def test_directories_that_are_emptied_stay(self) -> None:
         self.check_generalized()
         for name in ("dhcp", "dhclient", "dhcpcd", "waagent", "cloud", "NetworkManager"):
@@ -604,6 +612,13 @@ class LeftTest(GeneralizeCase):
     def test_accounts_with_passwords(self) -> None:
         self.write("etc/shadow", "root:$y$hash:1::::::\nalice::1::::::\nbob:!$6$hash:1::::::\n")
         self.assertEqual(self.left(), ["left what opens every VM, a password of: root alice"])
+
+    def test_an_account_in_a_last_line_without_an_end(self) -> None:
+        self.write("etc/passwd", "root:x:0:0::/root:\nbob:x:1000:1000::/srv/bob:/bin/sh")
+        self.write("etc/shadow", "root:*:1::::::\nbob:$y$hash")
+        self.write("srv/bob/.ssh/authorized_keys", "ssh-ed25519 AAAA bob")
+        whole = "left what opens every VM, "
+        self.assertEqual(self.left(), [whole + "authorized keys of: bob", whole + "a password of: bob"])
 
     def test_a_password_where_everybody_may_read_it(self) -> None:
         self.write("etc/passwd", "root:*:0:0::/root:\nalice:hash:1000:1000::/home/alice:/bin/sh\n")
