@@ -1442,6 +1442,21 @@ class UserTest(Case):
             self.assertEqual(self.lines[0].startswith("removed the user alice,"), there)
             self.assertNotEqual(os.path.exists(home), removed)
 
+    def test_a_home_that_is_gone_is_no_obstacle(self) -> None:
+        self.write(self.directory + "/unfinished", f"alice\n{self.directory}/gone")
+        self.user()
+        self.assertEqual(self.lines[-1], "alice can log in, SSH keys: 1")
+
+    def test_a_user_that_is_not_there_although_useradd_made_it_is_an_error(self) -> None:
+        with mock.patch.object(azure_provisioning, "make_user"):
+            self.user(status=1)
+        self.assertEqual(self.lines[-1], "user failed: there is no user alice after useradd made it")
+
+    def test_where_there_is_no_sudo_nothing_is_written_for_it(self) -> None:
+        with mock.patch.object(azure_provisioning, "SUDOERS", self.directory + "/none"):
+            self.user()
+        self.assertEqual(list(self.written), [self.directory + "/unfinished"])
+
     def test_what_was_undone_is_not_undone_again(self) -> None:
         self.users = {"bob": 1001}
         self.write(self.directory + "/unfinished", "alice\n")
@@ -1555,6 +1570,21 @@ class HomeTest(unittest.TestCase):
         os.chmod(self.path, 0o666)
         os.chmod(self.home + "/.ssh", 0o777)
         self.assertEqual(self.add(RSA, ED25519), f'# {RSA}\nfrom="10.0.0.0/8" {ED25519} b\n{RSA}\n')
+
+    def test_a_file_that_has_the_keys_is_closed_to_others_all_the_same(self) -> None:
+        self.add(RSA)
+        os.chmod(self.path, 0o666)
+        self.add(RSA)
+
+    def test_the_directory_gets_its_label(self) -> None:
+        with mock.patch.object(azure_provisioning, "restore_label") as restore:
+            self.add(RSA)
+        self.assertEqual(restore.call_args, mock.call(self.home + "/.ssh"))
+
+    def test_the_administrators_groups_are_those_that_there_are(self) -> None:
+        groups = [grp.struct_group((name, "x", 1, ["bob"])) for name in ("root", "wheel", "users")]
+        with mock.patch.object(grp, "getgrall", return_value=groups):
+            self.assertEqual(azure_provisioning.administrators(), {"wheel": ["bob"]})
 
     def test_a_fifo_is_an_error_at_once(self) -> None:
         os.mkdir(self.home + "/.ssh")
