@@ -4,8 +4,12 @@ They take minutes each, and root, so they run only if the environment variable A
 for all releases, or to some, as in AZURE_PROVISIONING_MACHINE=bookworm,trixie.
 """
 
+import glob
+import json
 import os
 import re
+import subprocess
+import sys
 import time
 import unittest
 from contextlib import ExitStack
@@ -51,6 +55,30 @@ class MachineCase(Case):
         test: Any = self
         with Machine(self.lab, self.release) as vm:
             test.assertEqual(machine.cut_power_at_random(vm, POWER_CUTS, seed=1), [])
+
+    def test_nothing_outlives_a_machine_whose_test_is_killed(self) -> None:
+        test: Any = self
+        code = (
+            "import json, sys, time; from tests.machine import *\n"
+            "lab = Lab(); lab.root = lambda *_: lab.run('mkdir', WORK + '/root') and WORK + '/root'\n"
+            "vm = Machine(lab, '', install=False); lab.run('truncate', '--size=1M', vm.root + '/disk')\n"
+            "azure = Azure(lab, cable=TAP); vm.disk, vm.kernel, vm.initrd = vm.path('disk'), *sys.argv[1:]\n"
+            "vm.switch_on(azure); pids = [lab.pid, azure.far, vm.power.children[0].pid]\n"
+            "wait_for('QEMU', vm.console_text, 60); print(json.dumps(pids), flush=True); time.sleep(60)"
+        )
+        root = self.lab.path(os.path.basename(Machine.pristine(self.lab, self.release)))
+        files = [glob.glob(f"{root}/boot/{name}*")[0] for name in ("vmlinuz", "initrd.img")]
+        with subprocess.Popen(
+            [sys.executable, "-c", code, *files],
+            stdout=subprocess.PIPE,
+            cwd=sandbox.REPOSITORY,
+            env=sandbox.environment(),
+        ) as process:
+            assert process.stdout
+            left = [f"/proc/{pid}/exe" for pid in json.loads(process.stdout.readline())]
+            test.assertTrue(os.readlink(left[-1]).endswith("/qemu-system-x86_64"))
+            process.kill()
+        wait_for("the end of the machine", lambda: not any(map(os.path.exists, left)), 10)
 
 
 class DhcpcdCase(MachineCase):
