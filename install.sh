@@ -14,7 +14,7 @@ it runs at the next boot. Run it again to enable the unit again, or to replace a
   --user        have it create the user that the VM is created with, too, who logs in with the SSH keys given and may
                 sudo without a password; installed again without --user, it does not any more
   --generalize  the last command before the capture: make the system forget whose it was (machine ID, host name, SSH
-                host keys, leases, logs, what other agents left), so that it can become many VMs, and arm the unit
+                host keys, leases, logs, what other agents left), so that it can become many VMs, and enable the unit
   --uninstall   take away all that was installed, but for what somebody else has changed since
   --root DIR    the system to work on: an image mounted at DIR, instead of this one
   --force       go on where this would refuse: although another provisioning agent is enabled, over what somebody else
@@ -52,7 +52,8 @@ install() {
     put 644 "$units/$unit" the_unit
     put 644 "$preset" the_preset
     add_or_drop_user
-    arm "$unit"
+    enable_unit "$unit"
+    relabel
     reload
     say "installed and enabled in ${root:-/}: it runs at the next boot${user:+, and creates the user}"
 }
@@ -87,9 +88,10 @@ generalize() {
     confirm
     begin
     make_ssh_keys_come_back
-    arm "$unit"
+    enable_unit "$unit"
     forget_again_at_shutdown
     forget
+    relabel
     tell_what_is_left
     ! running || sync
     say "generalized ${root:-/}: capture it before it boots again"
@@ -122,6 +124,7 @@ remove      /var/lib/systemd/credential.secret      secret of systemd-creds
 clear       /var/lib/waagent                        state of the Azure Linux Agent, with a password in it
 clear       /var/lib/cloud                          state of cloud-init, with the user data in it
 clear       /var/lib/azure-init                     state of azure-init
+remove      /etc/azure-provisioning.unfinished      mark of a user half made, who would be unmade in every VM
 remove      ~/.*_history                            histories of shells and other programs
 remove      ~/.history                              history of a shell
 remove      ~/.histfile                             history of zsh
@@ -412,8 +415,8 @@ replace() {
     temporary=''
 }
 
-# arm UNIT: enable it, by its link, as systemctl does.
-arm() {
+# enable_unit UNIT: by its link, as systemctl does.
+enable_unit() {
     place "$wants/$1"
     if [ ! -L "$located" ] || [ "$(readlink "$located")" != "$units/$1" ]; then
         mkdir -p "${located%/*}"
@@ -472,7 +475,17 @@ warn_if_it_drops_user() {
 make_ssh_keys_come_back() {
     if ssh_keys_are_ours_to_make; then
         put 644 "$units/$ssh_unit" the_ssh_unit
-        arm "$ssh_unit"
+        enable_unit "$ssh_unit"
+    fi
+}
+
+# What was written has the labels of this machine's SELinux, or none.
+relabel() {
+    has -f /etc/selinux/config && grep -Eq '^SELINUX=(enforcing|permissive)' "$located" || return 0
+    if running && command -v restorecon >/dev/null; then
+        restorecon -R "$units" /usr/local/sbin /etc/hostname /etc/machine-id
+    else
+        warn "SELinux is on in ${root:-/}, and what was written has no labels of its policy: run restorecon -R /etc /usr/local there, or make /.autorelabel"
     fi
 }
 

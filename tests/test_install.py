@@ -196,6 +196,17 @@ class InstallTest(InstallCase):
         self.assertIn("var/usrlocal/sbin/azure-provisioning", self.tree())
 
 
+class SelinuxTest(InstallCase):
+    """What is written into a mounted image has no labels of its policy."""
+
+    def test_an_image_with_selinux_is_told_what_it_lacks(self) -> None:
+        for mode, warned in (("enforcing", True), ("permissive", True), ("disabled", False)):
+            self.write("etc/selinux/config", f"# SELINUX= is one of them\nSELINUX={mode}\nSELINUXTYPE=targeted\n")
+            done = self.install()
+            self.assertEqual(done.returncode, 0, done)
+            self.assertEqual("SELinux is on in " in done.stderr, warned, done)
+
+
 class PythonTest(InstallCase):
     """It finds the target's Python without running it."""
 
