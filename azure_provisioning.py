@@ -935,7 +935,7 @@ def as_user(user: "pwd.struct_passwd", action: "Callable[[], None]") -> None:
 
     Raises ProvisioningError with what action raised.
     """
-    reading, writing = os.pipe()
+    reading, writing = socket.socketpair()
     child = os.fork()
     if child == 0:
         status = 1
@@ -947,13 +947,19 @@ def as_user(user: "pwd.struct_passwd", action: "Callable[[], None]") -> None:
             action()
             status = 0
         except (OSError, ProvisioningError) as error:
-            os.write(writing, str(error).encode("utf-8", "backslashreplace")[:1000])
+            writing.sendall(str(error).encode("utf-8", "backslashreplace")[:1000])
         finally:
             os._exit(status)
-    os.close(writing)
-    with open(reading, encoding="utf-8", errors="replace") as pipe:
-        failure = pipe.read()
-    if os.waitpid(child, 0)[1] != 0:
+    writing.close()
+    with reading:
+        reading.settimeout(COMMAND_LIMIT + 1)
+        try:
+            failure = reading.recv(1000).decode("utf-8", "replace")
+        except socket.timeout:  # the user can stop its process, alarm and all
+            failure = "it did not end"
+            with contextlib.suppress(PermissionError):  # the unit may not; systemd does, when the unit ends
+                os.kill(child, signal.SIGKILL)
+    if failure or os.waitpid(child, 0)[1] != 0:
         raise ProvisioningError(f"as {user.pw_name}: {failure or 'it did not end well'}")
 
 

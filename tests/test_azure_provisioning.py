@@ -12,6 +12,7 @@ import os
 import pwd
 import random
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -1634,6 +1635,11 @@ class HomeTest(unittest.TestCase):
         ended = self.assertRaisesRegex(ProvisioningError, "it did not end well")
         with mock.patch.object(azure_provisioning, "COMMAND_LIMIT", 1), ended:
             self.as_nobody(lambda: time.sleep(60))
+
+    def test_it_is_not_waited_for_when_the_user_stops_it(self) -> None:
+        ended = self.assertRaisesRegex(ProvisioningError, "^as alice: it did not end$")
+        with mock.patch.object(azure_provisioning, "COMMAND_LIMIT", 1), ended:
+            self.as_nobody(lambda: os.kill(os.getpid(), signal.SIGSTOP))
 
 
 class LocksTest(unittest.TestCase):
