@@ -382,6 +382,15 @@ class OutsideTest(GeneralizeCase):
         self.check_generalized()
         self.assertEqual([name for name in fifos if not stat.S_ISFIFO(os.lstat(self.path(name)).st_mode)], [])
 
+    def test_another_file_system_in_a_directory_that_is_emptied_is_not_entered(self) -> None:
+        mounted = self.root + "/var/lib/cloud/mounted"
+        os.makedirs(mounted)
+        code = f"mount -t tmpfs tmpfs '{mounted}'; echo secret >'{mounted}/file'"
+        check = f"grep -q secret '{mounted}/file'"
+        done = self.install("--generalize", first=code, shell=("sh", "-c", f'sh "$@" || {check}', "sh"))
+        self.assertEqual(done.returncode, 0, done)
+        self.assertNotIn("generalized", done.stdout)  # for the directory itself cannot be removed
+
     def test_another_file_system_in_a_log_directory_is_not_entered(self) -> None:
         os.mkdir(self.path("var/log/mounted"))
         check = "grep -q secret" + f" '{self.root}/var/log/mounted/file'"
