@@ -935,8 +935,11 @@ def as_user(user: "pwd.struct_passwd", action: "Callable[[], None]") -> None:
 
     Raises ProvisioningError with what action raised.
     """
-    reading, writing = socket.socketpair()
-    child = os.fork()
+    try:
+        reading, writing = socket.socketpair()
+        child = os.fork()
+    except OSError as error:
+        raise ProvisioningError(f"become {user.pw_name}: {error}") from error
     if child == 0:
         status = 1
         try:

@@ -1636,6 +1636,13 @@ class HomeTest(unittest.TestCase):
         with mock.patch.object(azure_provisioning, "COMMAND_LIMIT", 1), ended:
             self.as_nobody(lambda: time.sleep(60))
 
+    def test_no_other_process_is_an_error(self) -> None:
+        refused = self.assertRaisesRegex(ProvisioningError, "^become alice: .*Resource temporarily unavailable")
+        with mock.patch.object(
+            os, "fork", side_effect=BlockingIOError(11, "Resource temporarily unavailable")
+        ), refused:
+            azure_provisioning.as_user(mock.Mock(pw_name="alice"), mock.Mock())
+
     def test_it_is_not_waited_for_when_the_user_stops_it(self) -> None:
         ended = self.assertRaisesRegex(ProvisioningError, "^as alice: it did not end$")
         with mock.patch.object(azure_provisioning, "COMMAND_LIMIT", 1), ended:
