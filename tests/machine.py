@@ -35,6 +35,7 @@ TOOLS = (
 
 ASSET_TAG = "7783-7084-3265-9085-8269-3286-77"  # of all VMs on Azure, by which guests recognise it
 DISK_SIZE = "2G"  # sparse
+PROCESSOR = "Nehalem"  # what newer ones can do costs a fifth of the time to emulate
 # Azure's interfaces are called ethN, for nothing gives them another name; QEMU's have a place on a bus.
 KERNEL = "root=/dev/vda rw console=ttyS0 panic=-1 quiet net.ifnames=0 systemd.debug_shell=ttyS1"
 
@@ -51,7 +52,8 @@ def hardware() -> Tuple[str, ...]:
     mac_address = ":".join(re.findall("..", MAC_ADDRESS))
     return (
         *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
-        *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1024"),
+        *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", PROCESSOR, "-smp", "2", "-m", "1024"),
+        *("-device", "virtio-rng-pci"),
         *("-uuid", VM_ID, "-smbios", "type=3,asset=" + ASSET_TAG),
         *("-netdev", "tap,id=cable,ifname=azure0,script=no,downscript=no"),
         *("-device", "virtio-net-pci,netdev=cable,mac=" + mac_address),
