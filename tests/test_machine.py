@@ -117,6 +117,52 @@ class NamelessCase(MachineCase):
             test.assertEqual(self.check_published(vm, azure), "dhcpcd -N eth0")
 
 
+class SelinuxMachine(Machine):
+    """A whole machine with Debian's SELinux policy."""
+
+    packages = Machine.packages + ",sudo,selinux-policy-default,policycoreutils,selinux-utils"
+
+    def make_disk(self) -> None:
+        # As on an installed system: its own tool labels the root, and mkfs.ext4 takes the labels along.
+        policy = "/etc/selinux/default/contexts/files/file_contexts"
+        self.write("etc/selinux/config", "SELINUX=enforcing\nSELINUXTYPE=default\n")
+        label = 'mount --bind /proc "$0/proc"; chroot "$0" setfiles -F -e /proc "$1" /; umount "$0/proc"'
+        self.lab.run("sh", "-euc", label, self.root, policy)
+        super().make_disk()
+
+
+class SelinuxCase(Case):
+    """The boots of a release that enforces SELinux's policy."""
+
+    vm = SelinuxMachine
+    tools = machine.TOOLS
+
+    def test_a_machine_that_enforces_selinux_is_provisioned_with_the_right_labels(self) -> None:
+        test: Any = self
+        key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl alice"
+        user = ("--admin-username", "alice", "--public-key", key, "--disable-password-authentication", "true")
+        with ExitStack() as stack:
+            vm = stack.enter_context(SelinuxMachine(self.lab, self.release, install=False))
+            azure = stack.enter_context(Azure(self.lab, vm_arguments=user, cable=TAP))
+            stack.enter_context(explained(vm, azure))
+            vm.install("--user")
+            azure.start_network().start()
+            vm.boot(azure, "security=selinux", "selinux=1", "enforcing=1")
+            vm.wait_until_booted()
+            test.assertEqual(vm.run("getenforce").strip(), "Enforcing")
+            self.check(vm, unit="disabled", result="success", host_name="web-01", etc_hostname="web-01")
+            test.assertEqual([report["state"] for report in azure.reports()], ["Ready"])
+            written = [
+                *("/etc/hostname", "/etc/hosts", "/etc/passwd", "/etc/sudoers.d/90-azure-provisioning-alice"),
+                *("/etc/ssh/sshd_config.d/10-azure-provisioning.conf", "/home/alice/.ssh/authorized_keys"),
+            ]
+            for path in written:
+                test.assertNotIn("No such file", vm.run("ls", "-Z", path))
+            test.assertEqual(vm.run("restorecon", "-nv", *written), "")
+            denied = re.findall(".*avc: +denied.*", vm.journal())
+            test.assertEqual([line for line in denied if re.search("azure|useradd|hostname|sudoers|alice", line)], [])
+
+
 class MachineImage(Machine):
     """A whole machine as one would make an image of it."""
 
@@ -188,6 +234,7 @@ class TrixieJourneyCase(MachineJourneyCase):
 globals().update(cases(MachineCase, "MachineTest", VARIABLE, "bullseye"))
 globals().update(cases(NamelessCase, "MachineTest", VARIABLE, "bookworm"))
 globals().update(cases(DhcpcdCase, "MachineTest", VARIABLE, "trixie"))
+globals().update(cases(SelinuxCase, "SelinuxMachineTest", VARIABLE, "bookworm"))
 globals().update(cases(BullseyeJourneyCase, "MachineJourneyTest", VARIABLE, "bullseye"))
 globals().update(cases(BookwormJourneyCase, "MachineJourneyTest", VARIABLE, "bookworm"))
 globals().update(cases(TrixieJourneyCase, "MachineJourneyTest", VARIABLE, "trixie"))
