@@ -66,7 +66,7 @@ class Machine(VM):
 
     packages = (
         "systemd,systemd-sysv,dbus,udev,python3-minimal,libpython3-stdlib,iproute2,ifupdown,initramfs-tools,kmod,"
-        "openssh-server,apparmor"
+        "openssh-server,sudo,apparmor"
     )
     patience = 5.0
     cable = TAP
@@ -193,12 +193,19 @@ class Machine(VM):
 WITHOUT_APPARMOR = "apparmor=0"
 
 
-def etc_of(vm: VM) -> Dict[str, str]:
-    """Return a digest of each file in /etc, but for the machine's identity, which is made anew."""
-    lines = vm.run("sh", "-c", "find /etc -type f -exec sha256sum {} + -o -type l -printf '%l  %p\\n'").splitlines()
-    found = {path: digest for digest, path in (line.rsplit("  ", 1) for line in lines)}
+# What the VM is created with.
+PUBLIC_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl alice"
+WITH_USER = ("--admin-username", "alice", "--public-key", PUBLIC_KEY, "--disable-password-authentication", "true")
+
+
+def files_of(vm: VM) -> Dict[str, str]:
+    """Return a digest of each file in /etc and /home, but for the machine's identity and the backups of passwd(5)."""
+    digests = "find /etc /home -type f -exec sha256sum {} + -o -type l -printf '%l  %p\\n'"
+    found = {
+        path: digest for digest, path in (line.rsplit("  ", 1) for line in vm.run("sh", "-c", digests).splitlines())
+    }
     found.pop("/etc/machine-id", None)
-    return found
+    return {path: digest for path, digest in found.items() if not path.endswith("-")}
 
 
 class PowerCut:
@@ -207,7 +214,7 @@ class PowerCut:
     def __init__(self, vm: Machine, moment: Callable[[Azure], None]) -> None:
         """The power is cut when moment, which is called once the machine is on, returns."""
         vm.new_disk()
-        with Azure(vm.lab, cable=TAP) as azure, explained(vm, azure):
+        with Azure(vm.lab, vm_arguments=WITH_USER, cable=TAP) as azure, explained(vm, azure):
             azure.start_network().start()
             vm.switch_on(azure, WITHOUT_APPARMOR)
             moment(azure)
@@ -227,7 +234,7 @@ class PowerCut:
                 "resolved": [azure.resolve("web-01")],
             }
             self.addresses = vm.addresses()
-            self.etc = etc_of(vm)
+            self.files = files_of(vm)
             vm.cut_power()
 
     @staticmethod
@@ -245,8 +252,8 @@ class PowerCut:
             "resolved": self.addresses,
         }
         found = [f"{key} {self.found[key]}" for key in wanted if self.found[key] != wanted[key]]
-        names = {*self.etc, *undisturbed.etc}
-        found += [name for name in sorted(names) if self.etc.get(name) != undisturbed.etc.get(name)]
+        names = {*self.files, *undisturbed.files}
+        found += [name for name in sorted(names) if self.files.get(name) != undisturbed.files.get(name)]
         if self.ready and self.name_then != "web-01":
             found.append(f"Ready had been reported, and then it was called {self.name_then}")
         return found
@@ -297,7 +304,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
     lab = Lab()
     try:
         print(f"--seed {options.seed}", flush=True)
-        with Machine(lab, options.release) as vm:
+        with Machine(lab, options.release, install=False) as vm:
+            vm.install("--user")
             faults = cut_power_at_random(vm, options.power_cuts, options.seed)
     finally:
         lab.close()

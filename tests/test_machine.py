@@ -16,111 +16,18 @@ from contextlib import ExitStack
 from typing import Any, Sequence, Type
 
 from tests import machine, sandbox
-from tests.machine import Machine
+from tests.machine import WITH_USER, Machine
 from tests.test_journey import BUILDER, JourneyCase
-from tests.vm import TAP, UNIT, VM, Azure, Case, cases, explained, wait_for
+from tests.vm import TAP, UNIT, VM, Azure, cases, explained, wait_for
 
 VARIABLE = "AZURE_PROVISIONING_MACHINE"
-POWER_CUTS = 2  # a release
-
-
-class MachineCase(Case):
-    """The boots of one release; a class of each is made below."""
-
-    vm = Machine
-    tools = machine.TOOLS
-
-    def first_boot(self, client: str, how: str) -> None:
-        """The first boot of a VM with this DHCP client, and the second."""
-        test: Any = self
-        with Azure(self.lab, cable=TAP) as azure, Machine(self.lab, self.release, client) as vm, explained(vm, azure):
-            azure.start_network().start()
-            vm.boot(azure)
-            self.check_provisioned(vm, azure)
-            test.assertEqual(self.check_published(vm, azure), how)
-            self.check_confined_by_apparmor(vm)
-            self.check_second_boot(vm, azure)
-
-    def check_confined_by_apparmor(self, vm: Machine) -> None:
-        """AppArmor is on, as Debian's kernel has it, and has denied nothing."""
-        test: Any = self
-        test.assertEqual(vm.run("cat", "/sys/module/apparmor/parameters/enabled").strip(), "Y")
-        test.assertEqual(re.findall(".*apparmor.*DENIED.*", vm.journal()), [])
-
-    def test_first_boot_with_networkd(self) -> None:
-        self.first_boot("networkd", "networkctl reconfigure eth0")
-
-    def test_power_cuts_in_the_first_boot(self) -> None:
-        # More of them: python3 -m tests.machine
-        test: Any = self
-        with Machine(self.lab, self.release) as vm:
-            test.assertEqual(machine.cut_power_at_random(vm, POWER_CUTS, seed=1), [])
-
-    def test_nothing_outlives_a_machine_whose_test_is_killed(self) -> None:
-        test: Any = self
-        code = (
-            "import json, sys, time; from tests.machine import *\n"
-            "lab = Lab(); lab.root = lambda *_: lab.run('mkdir', WORK + '/root') and WORK + '/root'\n"
-            "vm = Machine(lab, '', install=False); lab.run('truncate', '--size=1M', vm.root + '/disk')\n"
-            "azure = Azure(lab, cable=TAP); vm.disk, vm.kernel, vm.initrd = vm.path('disk'), *sys.argv[1:]\n"
-            "vm.switch_on(azure); pids = [lab.pid, azure.far, vm.power.children[0].pid]\n"
-            "wait_for('QEMU', vm.console_text, 60); print(json.dumps(pids), flush=True); time.sleep(60)"
-        )
-        root = self.lab.path(os.path.basename(Machine.pristine(self.lab, self.release)))
-        files = [glob.glob(f"{root}/boot/{name}*")[0] for name in ("vmlinuz", "initrd.img")]
-        with subprocess.Popen(
-            [sys.executable, "-c", code, *files],
-            stdout=subprocess.PIPE,
-            cwd=sandbox.REPOSITORY,
-            env=sandbox.environment(),
-        ) as process:
-            assert process.stdout
-            left = [f"/proc/{pid}/exe" for pid in json.loads(process.stdout.readline())]
-            test.assertTrue(os.readlink(left[-1]).endswith("/qemu-system-x86_64"))
-            process.kill()
-        wait_for("the end of the machine", lambda: not any(map(os.path.exists, left)), 10)
-
-
-class DhcpcdCase(MachineCase):
-    """The boots of a release where ifupdown calls dhcpcd."""
-
-    def test_first_boot_with_ifupdown_and_dhcpcd(self) -> None:
-        self.first_boot("ifupdown", "dhcpcd -N eth0")
-
-    def test_first_boot_with_ifupdown_as_the_installer_leaves_it(self) -> None:
-        self.first_boot("ifupdown, allow-hotplug", "dhcpcd -N eth0")
-
-
-class NamelessCase(MachineCase):
-    """The boots of a release whose dhcpcd keeps the host name to itself, unless it is told otherwise."""
-
-    def test_a_dhcpcd_that_sends_no_name(self) -> None:
-        test: Any = self
-        with Azure(self.lab, cable=TAP) as azure, Machine(self.lab, self.release, "ifupdown") as vm, explained(
-            vm, azure
-        ):
-            azure.start_network().start()
-            vm.boot(azure)
-            self.check_provisioned(vm, azure)
-            test.assertNotIn("published", vm.unit_journal())
-            test.assertEqual([*azure.leases().values()], ["*"])
-
-    def test_a_dhcpcd_that_is_told_to_send_the_name(self) -> None:
-        test: Any = self
-        with Azure(self.lab, cable=TAP) as azure, Machine(self.lab, self.release, "ifupdown") as vm, explained(
-            vm, azure
-        ):
-            vm.write("etc/dhcpcd.conf", vm.read("etc/dhcpcd.conf").replace("#hostname\n", "hostname\n"))
-            azure.start_network().start()
-            vm.boot(azure)
-            self.check_provisioned(vm, azure)
-            test.assertEqual(self.check_published(vm, azure), "dhcpcd -N eth0")
+POWER_CUTS = 2
 
 
 class SelinuxMachine(Machine):
     """A whole machine with Debian's SELinux policy."""
 
-    packages = Machine.packages + ",sudo,selinux-policy-default,policycoreutils,selinux-utils"
+    packages = Machine.packages + ",selinux-policy-default,policycoreutils,selinux-utils"
 
     def make_disk(self) -> None:
         # As on an installed system: its own tool labels the root, and mkfs.ext4 takes the labels along.
@@ -131,47 +38,14 @@ class SelinuxMachine(Machine):
         super().make_disk()
 
 
-class SelinuxCase(Case):
-    """The boots of a release that enforces SELinux's policy."""
-
-    vm = SelinuxMachine
-    tools = machine.TOOLS
-
-    def test_a_machine_that_enforces_selinux_is_provisioned_with_the_right_labels(self) -> None:
-        test: Any = self
-        key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl alice"
-        user = ("--admin-username", "alice", "--public-key", key, "--disable-password-authentication", "true")
-        with ExitStack() as stack:
-            vm = stack.enter_context(SelinuxMachine(self.lab, self.release, install=False))
-            azure = stack.enter_context(Azure(self.lab, vm_arguments=user, cable=TAP))
-            stack.enter_context(explained(vm, azure))
-            vm.install("--user")
-            azure.start_network().start()
-            vm.boot(azure, "security=selinux", "selinux=1", "enforcing=1")
-            vm.wait_until_booted()
-            test.assertEqual(vm.run("getenforce").strip(), "Enforcing")
-            self.check(vm, unit="disabled", result="success", host_name="web-01", etc_hostname="web-01")
-            test.assertEqual([report["state"] for report in azure.reports()], ["Ready"])
-            written = [
-                *("/etc/hostname", "/etc/hosts", "/etc/passwd", "/etc/sudoers.d/90-azure-provisioning-alice"),
-                *("/etc/ssh/sshd_config.d/10-azure-provisioning.conf", "/home/alice/.ssh/authorized_keys"),
-            ]
-            for path in written:
-                test.assertNotIn("No such file", vm.run("ls", "-Z", path))
-            test.assertEqual(vm.run("restorecon", "-nv", *written), "")
-            denied = re.findall(".*avc: +denied.*", vm.journal())
-            test.assertEqual([line for line in denied if re.search("azure|useradd|hostname|sudoers|alice", line)], [])
-
-
 class MachineImage(Machine):
     """A whole machine as one would make an image of it."""
 
-    packages = Machine.packages + ",sudo"
     others = "disable"
 
 
-class MachineJourneyCase(JourneyCase):
-    """From image to login: the README's commands, run in the running machine that becomes the image."""
+class MachineCase(JourneyCase):
+    """The boots of one release; a class of each is made below."""
 
     vm: Type[VM] = MachineImage
     tools: Sequence[str] = (*machine.TOOLS, "ssh", "ssh-keygen")
@@ -209,35 +83,133 @@ class MachineJourneyCase(JourneyCase):
                     self.check_vm(vm, azure, name, started)
                     self.check_login(vm, azure)
 
+    def first_boot(self, client: str, how: str) -> None:
+        """The first boot of a VM with this DHCP client, and the second."""
+        test: Any = self
+        with Azure(self.lab, cable=TAP) as azure, Machine(self.lab, self.release, client) as vm, explained(vm, azure):
+            azure.start_network().start()
+            vm.boot(azure)
+            self.check_provisioned(vm, azure)
+            test.assertEqual(self.check_published(vm, azure), how)
+            self.check_confined_by_apparmor(vm)
+            self.check_second_boot(vm, azure)
 
-class BullseyeJourneyCase(MachineJourneyCase):
+    def check_confined_by_apparmor(self, vm: Machine) -> None:
+        """AppArmor is on, as Debian's kernel has it, and has denied nothing."""
+        test: Any = self
+        test.assertEqual(vm.run("cat", "/sys/module/apparmor/parameters/enabled").strip(), "Y")
+        test.assertEqual(re.findall(".*apparmor.*DENIED.*", vm.journal()), [])
+
+
+class BullseyeCase(MachineCase):
     """Debian 11, with dhclient."""
+
+    def test_first_boot_with_networkd(self) -> None:
+        self.first_boot("networkd", "networkctl reconfigure eth0")
 
     def test_from_a_used_machine_to_a_login(self) -> None:
         self.journey("ifupdown", "--user")
 
+    def test_nothing_outlives_a_machine_whose_test_is_killed(self) -> None:
+        test: Any = self
+        code = (
+            "import json, sys, time; from tests.machine import *\n"
+            "lab = Lab(); lab.root = lambda *_: lab.run('mkdir', WORK + '/root') and WORK + '/root'\n"
+            "vm = Machine(lab, '', install=False); lab.run('truncate', '--size=1M', vm.root + '/disk')\n"
+            "azure = Azure(lab, cable=TAP); vm.disk, vm.kernel, vm.initrd = vm.path('disk'), *sys.argv[1:]\n"
+            "vm.switch_on(azure); pids = [lab.pid, azure.far, vm.power.children[0].pid]\n"
+            "wait_for('QEMU', vm.console_text, 60); print(json.dumps(pids), flush=True); time.sleep(60)"
+        )
+        root = self.lab.path(os.path.basename(Machine.pristine(self.lab, self.release)))
+        files = [glob.glob(f"{root}/boot/{name}*")[0] for name in ("vmlinuz", "initrd.img")]
+        with subprocess.Popen(
+            [sys.executable, "-c", code, *files],
+            stdout=subprocess.PIPE,
+            cwd=sandbox.REPOSITORY,
+            env=sandbox.environment(),
+        ) as process:
+            assert process.stdout
+            left = [f"/proc/{pid}/exe" for pid in json.loads(process.stdout.readline())]
+            test.assertTrue(os.readlink(left[-1]).endswith("/qemu-system-x86_64"))
+            process.kill()
+        wait_for("the end of the machine", lambda: not any(map(os.path.exists, left)), 10)
 
-class BookwormJourneyCase(MachineJourneyCase):
-    """Debian 12, with systemd-networkd."""
+
+class BookwormCase(MachineCase):
+    """Debian 12, whose dhcpcd keeps the host name to itself, unless it is told otherwise."""
 
     def test_from_a_used_machine_to_a_login(self) -> None:
         self.journey("networkd", "--user")
 
+    def test_a_dhcpcd_that_sends_no_name(self) -> None:
+        test: Any = self
+        with Azure(self.lab, cable=TAP) as azure, Machine(self.lab, self.release, "ifupdown") as vm, explained(
+            vm, azure
+        ):
+            azure.start_network().start()
+            vm.boot(azure)
+            self.check_provisioned(vm, azure)
+            test.assertNotIn("published", vm.unit_journal())
+            test.assertEqual([*azure.leases().values()], ["*"])
 
-class TrixieJourneyCase(MachineJourneyCase):
-    """Debian 13 as its installer leaves it, with dhcpcd."""
+    def test_a_dhcpcd_that_is_told_to_send_the_name(self) -> None:
+        test: Any = self
+        with Azure(self.lab, cable=TAP) as azure, Machine(self.lab, self.release, "ifupdown") as vm, explained(
+            vm, azure
+        ):
+            vm.write("etc/dhcpcd.conf", vm.read("etc/dhcpcd.conf").replace("#hostname\n", "hostname\n"))
+            azure.start_network().start()
+            vm.boot(azure)
+            self.check_provisioned(vm, azure)
+            test.assertEqual(self.check_published(vm, azure), "dhcpcd -N eth0")
+
+    def test_power_cuts_in_the_first_boot(self) -> None:
+        # More of them: python3 -m tests.machine
+        test: Any = self
+        with Machine(self.lab, self.release, install=False) as vm:
+            vm.install("--user")
+            test.assertEqual(machine.cut_power_at_random(vm, POWER_CUTS, seed=1), [])
+
+    def test_a_machine_that_enforces_selinux_is_provisioned_with_the_right_labels(self) -> None:
+        test: Any = self
+        with ExitStack() as stack:
+            vm = stack.enter_context(SelinuxMachine(self.lab, self.release, install=False))
+            azure = stack.enter_context(Azure(self.lab, vm_arguments=WITH_USER, cable=TAP))
+            stack.enter_context(explained(vm, azure))
+            vm.install("--user")
+            azure.start_network().start()
+            vm.boot(azure, "security=selinux", "selinux=1", "enforcing=1")
+            vm.wait_until_booted()
+            test.assertEqual(vm.run("getenforce").strip(), "Enforcing")
+            self.check(vm, unit="disabled", result="success", host_name="web-01", etc_hostname="web-01")
+            test.assertEqual([report["state"] for report in azure.reports()], ["Ready"])
+            written = [
+                *("/etc/hostname", "/etc/hosts", "/etc/passwd", "/etc/sudoers.d/90-azure-provisioning-alice"),
+                *("/etc/ssh/sshd_config.d/10-azure-provisioning.conf", "/home/alice/.ssh/authorized_keys"),
+            ]
+            for path in written:
+                test.assertNotIn("No such file", vm.run("ls", "-Z", path))
+            test.assertEqual(vm.run("restorecon", "-nv", *written), "")
+            denied = re.findall(".*avc: +denied.*", vm.journal())
+            test.assertEqual([line for line in denied if re.search("azure|useradd|hostname|sudoers|alice", line)], [])
+
+
+class TrixieCase(MachineCase):
+    """Debian 13, whose installer leaves ifupdown with dhcpcd."""
+
+    def test_first_boot_with_ifupdown_and_dhcpcd(self) -> None:
+        self.first_boot("ifupdown", "dhcpcd -N eth0")
+
+    def test_first_boot_with_ifupdown_as_the_installer_leaves_it(self) -> None:
+        self.first_boot("ifupdown, allow-hotplug", "dhcpcd -N eth0")
 
     def test_from_a_used_machine_to_a_login(self) -> None:
         self.journey("ifupdown, allow-hotplug", "--user")
 
 
-globals().update(cases(MachineCase, "MachineTest", VARIABLE, "bullseye"))
-globals().update(cases(NamelessCase, "MachineTest", VARIABLE, "bookworm"))
-globals().update(cases(DhcpcdCase, "MachineTest", VARIABLE, "trixie"))
-globals().update(cases(SelinuxCase, "SelinuxMachineTest", VARIABLE, "bookworm"))
-globals().update(cases(BullseyeJourneyCase, "MachineJourneyTest", VARIABLE, "bullseye"))
-globals().update(cases(BookwormJourneyCase, "MachineJourneyTest", VARIABLE, "bookworm"))
-globals().update(cases(TrixieJourneyCase, "MachineJourneyTest", VARIABLE, "trixie"))
+globals().update(cases(BullseyeCase, "MachineTest", VARIABLE, "bullseye"))
+globals().update(cases(BookwormCase, "MachineTest", VARIABLE, "bookworm"))
+globals().update(cases(TrixieCase, "MachineTest", VARIABLE, "trixie"))
 
 if __name__ == "__main__":
     unittest.main()
