@@ -17,6 +17,7 @@ import shlex
 import socket
 import sys
 import time
+import uuid
 from typing import Callable, Dict, List, Match, Optional, Tuple
 
 from tests.fake_azure import MAC_ADDRESS, VM_ID
@@ -47,14 +48,14 @@ ANSWER = (
 )
 
 
-def hardware() -> Tuple[str, ...]:
+def hardware(vm_id: str = VM_ID) -> Tuple[str, ...]:
     """Return the start of QEMU's command line, for a VM as Azure's are: all but what it boots from."""
     mac_address = ":".join(re.findall("..", MAC_ADDRESS))
     return (
         *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
         *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", PROCESSOR, "-smp", "2", "-m", "1024"),
         *("-device", "virtio-rng-pci"),
-        *("-uuid", VM_ID, "-smbios", "type=3,asset=" + ASSET_TAG),
+        *("-uuid", vm_id, "-smbios", "type=3,asset=" + ASSET_TAG),
         *("-netdev", "tap,id=cable,ifname=azure0,script=no,downscript=no"),
         *("-device", "virtio-net-pci,netdev=cable,mac=" + mac_address),
         *("-serial", "stdio"),
@@ -92,7 +93,9 @@ class Machine(VM):
         self.shell: Optional[socket.socket] = None
         self.heard = b""
         self.switched_on = 0.0  # by time.monotonic()
+        self.vm_id = VM_ID
         if image:
+            self.vm_id = str(uuid.uuid4())  # of which systemd makes the machine ID
             self.kernel, self.initrd = image.kernel, image.initrd
             lab.run("cp", "--sparse=always", f"{WORK}/{image.name}/disk", f"{WORK}/{self.name}/disk")
             self.disk = lab.path(self.name, "disk")
@@ -123,7 +126,7 @@ class Machine(VM):
         self.shell, far_end = socket.socketpair()
         self.heard = b""
         command = (
-            *hardware(),
+            *hardware(self.vm_id),
             *("-kernel", self.kernel, "-initrd", self.initrd, "-append", " ".join([KERNEL, *kernel])),
             *("-drive", f"file={self.disk},format=raw,if=virtio"),
             *("-chardev", f"socket,id=shell,fd={far_end.fileno()}", "-serial", "chardev:shell"),
