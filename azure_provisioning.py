@@ -603,6 +603,9 @@ def update_hosts(name: str, dry_run: bool = False) -> None:
 # The lease: the virtual network's DNS learns the name from a DHCP client that asks again, and leases there never end.
 
 
+RENEWAL_TRIES = 3  # a client can be stuck: Debian 11's dhclient misses answers, https://bugs.launchpad.net/bugs/1926139
+
+
 class Renewal:
     """How a DHCP client is made to ask again: the call that does it, how one would do it by hand, and what shows it.
 
@@ -745,8 +748,8 @@ def wait_until(condition: "Callable[[], bool]", deadline: float) -> bool:
 def publish_host_name(name: str, dry_run: bool = False) -> None:
     """Have the DHCP client of the default route send name to the virtual network's DNS, and wait for the lease.
 
-    Best effort, for COMMAND_LIMIT at most: trouble is one line that says what to do by hand, and an error only if the
-    interface has lost its address or its default route.
+    Best effort, for COMMAND_LIMIT at most, and again only while the interface is without an address or a default route:
+    that is an error in the end, other trouble is one line that says what to do by hand.
     """
     advice = f"for other machines to resolve {name}, restart the DHCP client, or reboot"
     interface = default_interface()
@@ -761,21 +764,34 @@ def publish_host_name(name: str, dry_run: bool = False) -> None:
         log(INFO, f"would publish {name} by {renewal.by_hand}")
         return
     started = time.monotonic()
-    deadline = started + COMMAND_LIMIT
-    written = modified(renewal.lease)
-    trouble = ""
-    try:
-        renewal.ask()
-        if renewal.lease and not wait_until(lambda: modified(renewal.lease) not in (0, written), deadline):
-            trouble = f"{renewal.by_hand}: no new lease"
-    except ProvisioningError as error:
-        trouble = str(error)
-    if not wait_until(is_connected, deadline):
-        log(ERROR, f"{interface} has no address or no default route since {renewal.by_hand}; {trouble or advice}")
-    elif trouble:
+    lost = ""
+    for _ in range(RENEWAL_TRIES):
+        if lost:
+            log(WARNING, f"{lost}; trying again")
+        deadline = time.monotonic() + COMMAND_LIMIT
+        trouble = ask_for_lease(renewal, deadline)
+        if wait_until(is_connected, deadline):
+            break
+        lost = f"{interface} has no address or no default route since {renewal.by_hand}; {trouble or advice}"
+    else:
+        log(ERROR, lost)
+        return
+    if trouble:
         log(WARNING, f"{trouble}; {advice}")
     else:
         log(INFO, f"published {name} by {renewal.by_hand}, after {time.monotonic() - started:.1f} s")
+
+
+def ask_for_lease(renewal: Renewal, deadline: float) -> str:
+    """Do renewal and return what went wrong, '' if there is a new lease before time.monotonic() is deadline."""
+    written = modified(renewal.lease)
+    try:
+        renewal.ask()
+    except ProvisioningError as error:
+        return str(error)
+    if renewal.lease and not wait_until(lambda: modified(renewal.lease) not in (0, written), deadline):
+        return f"{renewal.by_hand}: no new lease"
+    return ""
 
 
 # The user that the VM was created with.

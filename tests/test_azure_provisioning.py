@@ -949,12 +949,14 @@ class PublishTest(Case):
 
         self.stack.enter_context(mock.patch.object(self.clock, "sleep", then))
 
-    def publish(self, level: int, pattern: str) -> None:
+    def publish(self, level: int, pattern: str, tries: int = 1) -> None:
         before = self.clock.monotonic()
         azure_provisioning.publish_host_name("web-01")
-        self.assertLess(self.clock.monotonic() - before, azure_provisioning.COMMAND_LIMIT + 1)
-        self.assertEqual(self.levels, [level], self.lines)
-        self.assertRegex(self.lines[0], pattern)
+        self.assertLess(self.clock.monotonic() - before, tries * (azure_provisioning.COMMAND_LIMIT + 1))
+        self.assertEqual(self.levels, [azure_provisioning.WARNING] * (tries - 1) + [level], self.lines)
+        for line in self.lines[:-1]:
+            self.assertRegex(line, "^eth7 has no address or no default route since .*; trying again$")
+        self.assertRegex(self.lines[-1], pattern)
 
     def test_it_waits_for_the_new_lease(self) -> None:
         self.publish(azure_provisioning.INFO, r"^published web-01 by renew eth7, after \d\.\d s$")
@@ -994,13 +996,28 @@ class PublishTest(Case):
 
     def test_a_network_that_stays_away_is_an_error_that_says_what_was_run(self) -> None:
         self.at_pause(1, interface="")
-        self.publish(azure_provisioning.ERROR, "^eth7 has no address or no default route since renew eth7; ")
-        self.assertGreater(sum(self.clock.pauses), 14)
+        self.publish(azure_provisioning.ERROR, "^eth7 has no address .* since renew eth7; ", tries=3)
+        self.assertGreater(sum(self.clock.pauses), 3 * 14)
+        self.assertEqual(self.asked, 3)
 
     def test_a_network_that_a_failing_command_took_away_is_an_error_that_says_what_failed(self) -> None:
         self.outcome = ProvisioningError("renew eth7: exit status 3: no")
         self.address = False
-        self.publish(azure_provisioning.ERROR, "^eth7 has no .* since renew eth7; renew eth7: exit status 3: no$")
+        self.publish(
+            azure_provisioning.ERROR, "^eth7 has no .* since renew eth7; renew eth7: exit status 3: no$", tries=3
+        )
+
+    def test_a_client_that_took_the_network_away_and_is_stuck_is_asked_again(self) -> None:
+        def stuck() -> None:
+            self.asked += 1
+            self.address = self.asked == 2
+            if not self.address:
+                self.clock.skipped += azure_provisioning.COMMAND_LIMIT
+                raise ProvisioningError("renew eth7: timed out")
+
+        self.renewal = Renewal(stuck, "renew eth7")
+        self.publish(azure_provisioning.INFO, "^published web-01 by renew eth7, after 15", tries=2)
+        self.assertEqual((self.asked, self.clock.pauses), (2, []))
 
     def test_a_lease_that_does_not_come_is_a_warning_that_says_what_to_do(self) -> None:
         with mock.patch.object(self, "renewed"):

@@ -268,6 +268,10 @@ class Azure:
             "--bind-interfaces",
             "--dhcp-authoritative",
             "--dhcp-range=10.0.0.100,10.0.0.200,infinite",
+            # It neither looks whether an address is taken, for three seconds, nor answers within microseconds, as no
+            # network does: Debian 11's dhclient misses that, see https://bugs.launchpad.net/bugs/1926139
+            "--no-ping",
+            "--dhcp-reply-delay=1",
             # As Azure's: the routes to its services beside the default one. Agents look for them.
             "--dhcp-option=121," + ",".join(f"{network},{ROUTER}" for network in ("0.0.0.0/0", *ADDRESSES[1:])),
             "--dhcp-leasefile=" + self.leases_file,
