@@ -14,11 +14,12 @@ import os
 import random
 import re
 import shlex
+import signal
 import socket
 import sys
 import time
 import uuid
-from typing import Callable, Dict, List, Match, Optional, Tuple
+from typing import Dict, List, Match, Optional, Sequence, Tuple
 
 from tests.fake_azure import MAC_ADDRESS, VM_ID
 from tests.vm import BOOTED, RELEASES, TAP, UNIT, VM, WORK, Azure, Lab, explained, missing_tools, wait_for
@@ -119,6 +120,19 @@ class Machine(VM):
         self.lab.run("rm", "-f", f"{WORK}/{self.name}/disk")
         self.disk = ""
 
+    def copy_disk(self, copy: str) -> None:
+        """Make copy, the name of a file, the disk as it would be if the power were cut now."""
+        stopped = time.monotonic()
+        hypervisor = self.power.children[-1]
+        hypervisor.send_signal(signal.SIGSTOP)
+        self.lab.run("cp", "--sparse=always", f"{WORK}/{self.name}/disk", f"{WORK}/{self.name}/{copy}")
+        hypervisor.send_signal(signal.SIGCONT)
+        self.switched_on += time.monotonic() - stopped  # this time is none of its life's
+
+    def use_disk(self, copy: str) -> None:
+        """Make a copy of the disk the disk."""
+        self.lab.run("mv", f"{WORK}/{self.name}/{copy}", f"{WORK}/{self.name}/disk")
+
     def switch_on(self, azure: Azure, *kernel: str) -> None:
         """Switch it on, its network cable plugged into azure, with kernel beside its kernel's arguments."""
         if not self.disk:
@@ -194,6 +208,7 @@ class Machine(VM):
 
 # Loading its profiles takes seconds of each emulated boot, and has no part in this.
 WITHOUT_APPARMOR = "apparmor=0"
+CUTS_IN_A_BOOT = 10  # more disks would take more memory
 
 
 # What the VM is created with.
@@ -211,85 +226,89 @@ def files_of(vm: VM) -> Dict[str, str]:
     return {path: digest for path, digest in found.items() if not path.endswith("-")}
 
 
-class PowerCut:
-    """One first boot of vm, cut short, and the boot after it."""
+class Outcome:
+    """What a boot of vm, from the disk that it has, leads to."""
 
-    def __init__(self, vm: Machine, moment: Callable[[Azure], None]) -> None:
-        """The power is cut when moment, which is called once the machine is on, returns."""
-        vm.new_disk()
+    def __init__(self, vm: Machine) -> None:
         with Azure(vm.lab, vm_arguments=WITH_USER, cable=TAP) as azure, explained(vm, azure):
             azure.start_network().start()
-            vm.switch_on(azure, WITHOUT_APPARMOR)
-            moment(azure)
-            vm.cut_power()
-            self.after = time.monotonic() - vm.switched_on
-            self.asked = len(azure.requests())
-            self.ready = bool(azure.reports())
-            names = len(self.names_sent(azure))
             vm.boot(azure, WITHOUT_APPARMOR)
             vm.wait_until_booted()
-            self.name_then = self.names_sent(azure)[names]
+            self.seconds = time.monotonic() - vm.switched_on
+            self.asked = min([self.seconds, *(request["time"] - vm.switched_on for request in azure.requests())])
+            self.states = [report["state"] for report in azure.reports()]
+            self.first_name = re.findall("client provides name: (.*)", azure.text(azure.dhcp_log))[0]
             self.found = {
                 "host name": vm.run("uname", "-n").strip(),
                 "unit": vm.run("systemctl", "is-enabled", UNIT).strip(),
                 "result": vm.show("Result"),
-                "reports": sorted({report["state"] for report in azure.reports()}),
-                "resolved": [azure.resolve("web-01")],
+                "is resolved": [azure.resolve("web-01")] == vm.addresses(),
             }
-            self.addresses = vm.addresses()
             self.files = files_of(vm)
             vm.cut_power()
 
-    @staticmethod
-    def names_sent(azure: Azure) -> List[str]:
-        """Return the names that the DHCP client has sent."""
-        return re.findall("client provides name: (.*)", azure.text(azure.dhcp_log))
 
-    def faults(self, undisturbed: "PowerCut") -> List[str]:
-        """Return what is not as it should be, beside a boot that was not disturbed."""
-        wanted = {
-            "host name": "web-01",
-            "unit": "disabled",
-            "result": "success",
-            "reports": ["Ready"],
-            "resolved": self.addresses,
-        }
-        found = [f"{key} {self.found[key]}" for key in wanted if self.found[key] != wanted[key]]
-        names = {*self.files, *undisturbed.files}
-        found += [name for name in sorted(names) if self.files.get(name) != undisturbed.files.get(name)]
-        if self.ready and self.name_then != "web-01":
-            found.append(f"Ready had been reported, and then it was called {self.name_then}")
-        return found
+class PowerCut:
+    """A moment of a first boot of vm: what Azure has heard by then, and copy, the disk if the power were cut then."""
+
+    def __init__(self, vm: Machine, azure: Azure, copy: str) -> None:
+        self.states = [report["state"] for report in azure.reports()]
+        self.asked = bool(azure.requests())
+        self.after = time.monotonic() - vm.switched_on
+        self.copy = copy
+        vm.copy_disk(copy)
 
     def __str__(self) -> str:
-        reached = "Ready reported" if self.ready else "Azure asked" if self.asked else "Azure not asked yet"
-        return f"power cut {self.after:.1f} s after power on, {reached}, then called {self.name_then}"
+        reached = "Ready reported" if self.states else "Azure asked" if self.asked else "Azure not asked yet"
+        return f"power cut {self.after:.1f} s after power on, {reached}"
+
+    def faults(self, after: Outcome, undisturbed: Outcome) -> List[str]:
+        """Return what is not as it should be after the boot that follows, beside a boot that was not disturbed."""
+        wanted = {"host name": "web-01", "unit": "disabled", "result": "success", "is resolved": True}
+        found = [f"{key}: {after.found[key]}" for key in wanted if after.found[key] != wanted[key]]
+        names = {*after.files, *undisturbed.files}
+        found += [name for name in sorted(names) if after.files.get(name) != undisturbed.files.get(name)]
+        if {*self.states, *after.states} != {"Ready"}:
+            found.append(f"reported before: {self.states}, then: {after.states}")
+        if self.states and after.first_name != "web-01":
+            found.append(f"Ready had been reported, and then it was called {after.first_name}")
+        return found
+
+
+def cut_power_in_a_boot(vm: Machine, moments: Sequence[float]) -> List[PowerCut]:
+    """Boot vm for the first time, and return what a power cut at each of these moments, in seconds, would leave."""
+    vm.new_disk()
+    cuts = []
+    with Azure(vm.lab, vm_arguments=WITH_USER, cable=TAP) as azure, explained(vm, azure):
+        azure.start_network().start()
+        vm.switch_on(azure, WITHOUT_APPARMOR)
+        for number, moment in enumerate(sorted(moments)):
+            time.sleep(max(0.0, vm.switched_on + moment - time.monotonic()))
+            cuts.append(PowerCut(vm, azure, f"cut{number}"))
+        vm.cut_power()
+    return cuts
 
 
 def cut_power_at_random(vm: Machine, cuts: int, seed: int) -> List[str]:
-    """Cut the power in so many first boots of vm, print what came of each, and return what was wrong."""
+    """Cut the power so often in first boots of vm, print what came of each, and return what was wrong.
+
+    Every second time it is cut once Azure is asked: most of a boot is none of ours.
+    """
     chance = random.Random(seed)
-
-    def booted(_: Azure) -> None:
-        vm.meet_shell()
-        vm.wait_until_booted()
-
-    undisturbed = PowerCut(vm, booted)
-    print(f"{vm.release}, undisturbed: {undisturbed}", flush=True)
-
-    def at_any_time(_: Azure) -> None:
-        time.sleep(chance.uniform(0, undisturbed.after))
-
-    def at_work(azure: Azure) -> None:
-        wait_for("the first request", azure.requests, 60 * vm.patience)
-        time.sleep(chance.uniform(0, 8))
-
-    faults = []
-    for number in range(cuts):
-        cut = PowerCut(vm, at_work if number % 2 else at_any_time)
-        found = cut.faults(undisturbed)
-        print(f"{vm.release}, {number + 1}: {cut}: {'; '.join(found) or 'all is well'}", flush=True)
-        faults += found
+    vm.new_disk()
+    undisturbed = Outcome(vm)
+    print(f"{vm.release}: first request after {undisturbed.asked:.1f} s, booted after {undisturbed.seconds:.1f} s")
+    faults: List[str] = []
+    for done in range(0, cuts, CUTS_IN_A_BOOT):
+        numbers = range(done, min(done + CUTS_IN_A_BOOT, cuts))
+        moments = [chance.uniform(undisturbed.asked if number % 2 else 0, undisturbed.seconds) for number in numbers]
+        for number, cut in zip(numbers, cut_power_in_a_boot(vm, moments)):
+            vm.use_disk(cut.copy)
+            after = Outcome(vm)
+            found = cut.faults(after, undisturbed)
+            result = "; ".join(found) or "all is well"
+            print(f"{vm.release}, {number + 1}: {cut}, then called {after.first_name}: {result}", flush=True)
+            faults += found
     return faults
 
 
