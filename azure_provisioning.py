@@ -796,7 +796,7 @@ def ask_for_lease(renewal: Renewal, deadline: float) -> str:
 
 # The user that the VM was created with.
 
-USER_NAME = re.compile(r"(?![0-9]+\Z)[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}\Z")
+USER_NAME = r"(?![0-9]+\Z)[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}\Z"
 USER_IDS = range(1000, 60001)  # those of people, as distributions have them in login.defs(5)
 ADMINISTRATORS = ("sudo", "wheel", "adm")  # the groups, of which each distribution has some
 USER_DATABASE = "/etc"  # passwd(5), group(5), and what belongs to them
@@ -861,7 +861,7 @@ def find_user(name: str) -> "Optional[pwd.struct_passwd]":
     """Return the user called name, None if there is none. Raises ProvisioningError if name is not a person's."""
     import pwd
 
-    if not USER_NAME.match(name):
+    if not re.match(USER_NAME, name):
         raise ProvisioningError(f"{name!r:.80} cannot be the name of a user")
     try:
         user = pwd.getpwnam(name)
