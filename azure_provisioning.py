@@ -31,7 +31,7 @@ from xml.etree import ElementTree
 TYPE_CHECKING = False  # typing is for mypy alone
 if TYPE_CHECKING:
     import pwd
-    from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar
+    from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
 
     Result = TypeVar("Result")
 
@@ -114,7 +114,7 @@ def keep_trying(attempt: "Callable[[float], Result]", timeout: float) -> "Result
         now = time.monotonic()
         latest = end - LAST_ATTEMPT
         if now >= latest:
-            raise ProvisioningError(f"{failure}; gave up after {timeout:g} s", failure.status)
+            raise ProvisioningError(f"{failure}; gave up after {timeout:g} s")
 
         import random  # here, because most VMs need it never, and it takes a tenth of what the step ready takes
 
@@ -402,20 +402,18 @@ class InstanceMetadata:
         self.address = address
         self.timeout = timeout
         self.refusing_since: Optional[float] = None
-        self.instance: Optional[Instance] = None
-        self.failure: Optional[ProvisioningError] = None
+        self.outcome: Union[Instance, ProvisioningError, None] = None
 
     def get(self) -> Instance:
         """Return what IMDS says of this VM. Raises ProvisioningError if it says nothing, and then always the same."""
-        if self.failure:
-            raise self.failure
-        if not self.instance:
+        if not self.outcome:
             try:
-                self.instance = keep_trying(self.attempt, self.timeout)
+                self.outcome = keep_trying(self.attempt, self.timeout)
             except ProvisioningError as error:
-                self.failure = error
-                raise
-        return self.instance
+                self.outcome = error
+        if isinstance(self.outcome, ProvisioningError):
+            raise self.outcome
+        return self.outcome
 
     def attempt(self, deadline: float) -> Instance:
         """Ask for the instance document, or, of an old IMDS, for the name alone. Raises ProvisioningError."""
@@ -582,7 +580,7 @@ def rename_in_line(line: str, name: str) -> str:
         return line
     for index, word in enumerate(words):
         host, dot, domain = word.partition(".")
-        if host == old:
+        if host == old and word != address:
             words[index] = name if "." in name else name + dot + domain
     return "".join(words) + mark + comment
 
@@ -607,20 +605,15 @@ RENEWAL_TRIES = 3  # a client can be stuck: Debian 11's dhclient misses answers,
 
 
 class Renewal:
-    """How a DHCP client is made to ask again: the call that does it, how one would do it by hand, and what shows it.
+    """How a DHCP client is made to ask again: by command, or, where that cannot be run here, by calling ask.
 
-    The call raises ProvisioningError. lease is the file that the client rewrites then, '' if the call waits for that.
+    Both raise ProvisioningError. lease is the file that the client rewrites then, '' if they wait for that themselves.
     """
 
-    def __init__(self, ask: "Callable[[], object]", by_hand: str, lease: str = "") -> None:
-        self.ask = ask
-        self.by_hand = by_hand
+    def __init__(self, *command: str, lease: str = "", ask: "Optional[Callable[[], object]]" = None) -> None:
+        self.by_hand = " ".join(command)
+        self.ask = ask or functools.partial(run, *command)
         self.lease = lease
-
-
-def renewal_by(*command: str, lease: str = "") -> Renewal:
-    """Return the Renewal that is done by running command."""
-    return Renewal(functools.partial(run, *command), " ".join(command), lease)
 
 
 # Each client below looks whether interface has its lease from it, and returns how to renew that, else None.
@@ -631,7 +624,7 @@ def networkd(interface: str) -> "Optional[Renewal]":
     lease = f"/run/systemd/netif/leases/{socket.if_nametoindex(interface)}"
     if not os.path.exists(lease):
         return None
-    return renewal_by("networkctl", "reconfigure", interface, lease=lease)
+    return Renewal("networkctl", "reconfigure", interface, lease=lease)
 
 
 def network_manager(interface: str) -> "Optional[Renewal]":
@@ -642,14 +635,14 @@ def network_manager(interface: str) -> "Optional[Renewal]":
     leases = [file for directory in directories for file in os.listdir(directory)]
     if not connection or not any(file.endswith(f"{connection.group(1)}-{interface}.lease") for file in leases):
         return None
-    return renewal_by("nmcli", "--wait", f"{COMMAND_LIMIT:.0f}", "device", "connect", interface)
+    return Renewal("nmcli", "--wait", f"{COMMAND_LIMIT - 1:.0f}", "device", "connect", interface)
 
 
 def ifupdown(interface: str) -> "Optional[Renewal]":
     """ifupdown with dhclient: one that we started by ifup would die with our unit."""
     if not os.path.exists(f"/run/network/ifstate.{interface}") or not os.path.exists(f"/run/dhclient.{interface}.pid"):
         return None
-    return renewal_by("systemctl", "restart", "networking.service")
+    return Renewal("systemctl", "restart", "networking.service")
 
 
 def dhcpcd(interface: str) -> "Optional[Renewal]":
@@ -664,7 +657,7 @@ def dhcpcd(interface: str) -> "Optional[Renewal]":
             if not dhcpcd_sends_name(read_file("/etc/dhcpcd.conf"), interface):
                 raise ProvisioningError("dhcpcd sends no host name, for want of a line hostname in /etc/dhcpcd.conf")
             ask = functools.partial(ask_dhcpcd, prefix + "sock", interface)
-            return Renewal(ask, f"dhcpcd -N {interface}", lease)
+            return Renewal("dhcpcd", "-N", interface, lease=lease, ask=ask)
     return None
 
 
@@ -691,7 +684,8 @@ def ask_dhcpcd(path: str, interface: str) -> None:
         raise ProvisioningError(f"ask {path} to renew {interface}: {error}") from error
 
 
-# Whoever adds one: install.sh knows what its leases are called and which unit starts it, tests/vm.py how it is set up.
+# Whoever adds one: install.sh knows its leases, its unit and what binds it to a MAC address, tests/vm.py how it is set
+# up, and the README names it.
 DHCP_CLIENTS = (networkd, network_manager, ifupdown, dhcpcd)
 
 
@@ -718,14 +712,14 @@ def default_interface() -> str:
     return min(defaults)[1] if defaults else ""
 
 
-def is_connected() -> bool:
-    """Whether there are a default route and an address from which to speak to the WireServer. Sends nothing."""
+def is_connected(interface: str) -> bool:
+    """Whether interface has the default route, and an address to speak to the WireServer from. Sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((WIRESERVER, 80))
         except OSError:
             return False
-    return bool(default_interface())
+    return default_interface() == interface
 
 
 def modified(path: str) -> int:
@@ -764,22 +758,22 @@ def publish_host_name(name: str, dry_run: bool = False) -> None:
         log(INFO, f"would publish {name} by {renewal.by_hand}")
         return
     started = time.monotonic()
-    lost = ""
-    for _ in range(RENEWAL_TRIES):
-        if lost:
-            log(WARNING, f"{lost}; trying again")
+    for tries_left in reversed(range(RENEWAL_TRIES)):
         deadline = time.monotonic() + COMMAND_LIMIT
         trouble = ask_for_lease(renewal, deadline)
-        if wait_until(is_connected, deadline):
-            break
-        lost = f"{interface} has no address or no default route since {renewal.by_hand}; {trouble or advice}"
-    else:
-        log(ERROR, lost)
-        return
-    if trouble:
-        log(WARNING, f"{trouble}; {advice}")
-    else:
-        log(INFO, f"published {name} by {renewal.by_hand}, after {time.monotonic() - started:.1f} s")
+        if wait_until(lambda: is_connected(interface), deadline):
+            if trouble:
+                log(WARNING, f"{trouble}; {advice}")
+            else:
+                log(INFO, f"published {name} by {renewal.by_hand}, after {time.monotonic() - started:.1f} s")
+            return
+        trouble = (
+            f"{interface} has no address or no default route since {renewal.by_hand}; {trouble or 'it did not fail'}"
+        )
+        if tries_left:
+            log(WARNING, f"{trouble}; trying again")
+        else:
+            log(ERROR, f"{trouble}; {advice}")
 
 
 def ask_for_lease(renewal: Renewal, deadline: float) -> str:
@@ -826,12 +820,13 @@ def is_key(kind: str, encoded: str) -> bool:
         blob = binascii.a2b_base64(encoded if re.match(r"[A-Za-z0-9+/]+={0,2}\Z", encoded) else "")
     except ValueError:
         return False
-    fields: List[bytes] = []
-    while len(blob) >= 4 and len(fields) < KEY_FIELDS[kind]:
-        end = 4 + int.from_bytes(blob[:4], "big")
-        fields.append(blob[4:end] if end <= len(blob) else b"")
-        blob = blob[end:]
-    return not blob and len(fields) == KEY_FIELDS[kind] and all(fields) and fields[0] == kind.encode()
+    rest = blob
+    for _ in range(KEY_FIELDS[kind]):
+        end = 4 + int.from_bytes(rest[:4], "big")
+        if not 4 < end <= len(rest):
+            return False
+        rest = rest[end:]
+    return not rest and blob.startswith(len(kind).to_bytes(4, "big") + kind.encode())
 
 
 def parse_keys(text: str) -> "Iterator[str]":
@@ -891,10 +886,9 @@ def unlock_user_database() -> None:
 
 def undo_unfinished_user() -> None:
     """Remove the user that a power cut left half made, with its home. Raises ProvisioningError."""
-    unfinished = read_file(UNFINISHED).split("\n")
-    if unfinished == [""]:
+    name, _, home = read_file(UNFINISHED).partition("\n")
+    if not name:
         return
-    name, home = [*unfinished, ""][:2]
     if find_user(name):
         run("userdel", "--force", name)
         log(INFO, f"removed the user {name}, which was left unfinished")
@@ -957,18 +951,17 @@ def as_user(user: "pwd.struct_passwd", action: "Callable[[], None]") -> None:
     except OSError as error:
         raise ProvisioningError(f"become {user.pw_name}: {error}") from error
     if child == 0:
-        status = 1
         try:
             signal.alarm(int(COMMAND_LIMIT))
             os.initgroups(user.pw_name, user.pw_gid)
             os.setgid(user.pw_gid)
             os.setuid(user.pw_uid)
             action()
-            status = 0
+            os._exit(0)
         except (OSError, ProvisioningError) as error:
             writing.sendall(str(error).encode("utf-8", "backslashreplace")[:1000])
         finally:
-            os._exit(status)
+            os._exit(1)
     writing.close()
     with reading:
         reading.settimeout(COMMAND_LIMIT + 1)
@@ -1013,20 +1006,18 @@ def refuse_passwords() -> None:
         return
     # The third is what the second was called before OpenSSH 8.7.
     wanted = "PasswordAuthentication no\nKbdInteractiveAuthentication no\nChallengeResponseAuthentication no\n"
-    if read_file(SSHD_DROP_IN) != wanted:
+    if os.path.isdir(os.path.dirname(SSHD_DROP_IN)):  # OpenSSH 8.2 and later have drop-ins
         replace_file(SSHD_DROP_IN, wanted, 0o600)
         # As patterns: what does not match a unit that is loaded is no error.
         run("systemctl", "try-reload-or-restart", "[s]sh.service", "[s]shd.service")
     try:
         settings = run(SSHD, "-T")
     except ProvisioningError as error:  # it wants directories and keys that may come later in the boot
-        log(INFO, f"{error}; {SSHD_DROP_IN} says that it takes no passwords")
+        log(INFO, f"{error}; whether it takes passwords is for its configuration to say")
         return
     taken = re.findall(r"(?m)^(?:password|kbdinteractive|challengeresponse)authentication yes", settings)
     if taken:
-        raise ProvisioningError(
-            f"sshd has {', '.join(taken)} in spite of {SSHD_DROP_IN}: change the image's sshd_config"
-        )
+        raise ProvisioningError(f"sshd has {', '.join(taken)}, whatever {SSHD_DROP_IN} says: change its sshd_config")
 
 
 # The steps, in the order in which a VM lives them, and the command line.

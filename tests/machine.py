@@ -9,6 +9,7 @@ the kernel's command line says.
 
 import argparse
 import base64
+import contextlib
 import glob
 import os
 import random
@@ -19,7 +20,7 @@ import socket
 import sys
 import time
 import uuid
-from typing import Dict, List, Match, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Match, Optional, Sequence, Tuple
 
 from tests.fake_azure import MAC_ADDRESS, VM_ID
 from tests.vm import BOOTED, RELEASES, TAP, UNIT, VM, WORK, Azure, Lab, explained, missing_tools, wait_for
@@ -120,14 +121,22 @@ class Machine(VM):
         self.lab.run("rm", "-f", f"{WORK}/{self.name}/disk")
         self.disk = ""
 
-    def copy_disk(self, copy: str) -> None:
-        """Make copy, the name of a file, the disk as it would be if the power were cut now."""
-        stopped = time.monotonic()
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stop it for the body of the with statement. Its clocks then jump, but it has done nothing meanwhile."""
         hypervisor = self.power.children[-1]
+        began = time.monotonic()
         hypervisor.send_signal(signal.SIGSTOP)
+        os.waitpid(hypervisor.pid, os.WUNTRACED)
+        try:
+            yield
+        finally:
+            hypervisor.send_signal(signal.SIGCONT)
+            self.switched_on += time.monotonic() - began
+
+    def copy_disk(self, copy: str) -> None:
+        """Make copy, the name of a file, what the disk is now: QEMU keeps nothing back that the guest has written."""
         self.lab.run("cp", "--sparse=always", f"{WORK}/{self.name}/disk", f"{WORK}/{self.name}/{copy}")
-        hypervisor.send_signal(signal.SIGCONT)
-        self.switched_on += time.monotonic() - stopped  # this time is none of its life's
 
     def use_disk(self, copy: str) -> None:
         """Make a copy of the disk the disk."""
@@ -217,8 +226,11 @@ WITH_USER = ("--admin-username", "alice", "--public-key", PUBLIC_KEY, "--disable
 
 
 def files_of(vm: VM) -> Dict[str, str]:
-    """Return a digest of each file in /etc and /home, but for the machine's identity and the backups of passwd(5)."""
-    digests = "find /etc /home -type f -exec sha256sum {} + -o -type l -printf '%l  %p\\n'"
+    """Return a digest of each file in /etc and /home, its mode, its owner and where it leads.
+
+    But for the machine's identity and the backups of passwd(5).
+    """
+    digests = "find /etc /home -type f -exec sha256sum {} +; find /etc /home -printf '%M %U:%G %l  mode of %p\\n'"
     found = {
         path: digest for digest, path in (line.rsplit("  ", 1) for line in vm.run("sh", "-c", digests).splitlines())
     }
@@ -252,11 +264,12 @@ class PowerCut:
     """A moment of a first boot of vm: what Azure has heard by then, and copy, the disk if the power were cut then."""
 
     def __init__(self, vm: Machine, azure: Azure, copy: str) -> None:
-        self.states = [report["state"] for report in azure.reports()]
-        self.asked = bool(azure.requests())
-        self.after = time.monotonic() - vm.switched_on
         self.copy = copy
-        vm.copy_disk(copy)
+        self.after = time.monotonic() - vm.switched_on
+        with vm.stopped():
+            vm.copy_disk(copy)
+            self.states = [report["state"] for report in azure.reports()]
+            self.asked = bool(azure.requests())
 
     def __str__(self) -> str:
         reached = "Ready reported" if self.states else "Azure asked" if self.asked else "Azure not asked yet"

@@ -877,6 +877,7 @@ class RenameInHostsTest(unittest.TestCase):
             "127.0.0.1 localhost\n127.0.1.1 new\n::1 old\n127.0.1.1 new",
         )
         self.check("127.0.1.1 old # old\n", "127.0.1.1 new # old\n")
+        self.check("127.0.1.1 127\n", "127.0.1.1 new\n")
         self.check("  127.0.1.1 old db.local older\r\n", "  127.0.1.1 new db.local older\r\n")
 
     def test_a_name_with_a_domain_replaces_the_one_with_a_domain(self) -> None:
@@ -915,10 +916,10 @@ class PublishTest(Case):
         self.written = 1
         self.asked = 0
         self.outcome: Optional[ProvisioningError] = None
-        self.renewal: Optional[Renewal] = Renewal(self.ask, "renew eth7", "/lease")
+        self.renewal: Optional[Renewal] = Renewal("renew", "eth7", lease="/lease", ask=self.ask)
         for name, replacement in {
             "default_interface": lambda: self.interface,
-            "is_connected": lambda: bool(self.address and self.interface),
+            "is_connected": lambda interface: bool(self.address and self.interface == interface == "eth7"),
             "find_renewal": self.find_renewal,
             "modified": lambda path: self.written if path else 0,
         }.items():
@@ -976,19 +977,19 @@ class PublishTest(Case):
             self.publish(azure_provisioning.WARNING, "^renew eth7: no new lease; ")
 
     def test_a_client_that_waits_for_the_lease_itself_is_not_waited_for(self) -> None:
-        self.renewal = Renewal(self.ask, "renew eth7")
+        self.renewal = Renewal("renew", "eth7", ask=self.ask)
         self.publish(azure_provisioning.INFO, "^published web-01 by ")
         self.assertEqual(self.clock.pauses, [])
 
     def test_it_waits_for_the_default_route(self) -> None:
-        self.renewal = Renewal(self.ask, "renew eth7")
+        self.renewal = Renewal("renew", "eth7", ask=self.ask)
         self.at_pause(5, interface="eth7")
         with mock.patch.object(self, "renewed", lambda: setattr(self, "interface", "")):
             self.publish(azure_provisioning.INFO, "^published web-01 by ")
         self.assertEqual(len(self.clock.pauses), 5)
 
     def test_it_waits_for_the_address(self) -> None:
-        self.renewal = Renewal(self.ask, "renew eth7")
+        self.renewal = Renewal("renew", "eth7", ask=self.ask)
         self.at_pause(5, address=True)
         with mock.patch.object(self, "renewed", lambda: setattr(self, "address", False)):
             self.publish(azure_provisioning.INFO, "^published web-01 by ")
@@ -1004,7 +1005,9 @@ class PublishTest(Case):
         self.outcome = ProvisioningError("renew eth7: exit status 3: no")
         self.address = False
         self.publish(
-            azure_provisioning.ERROR, "^eth7 has no .* since renew eth7; renew eth7: exit status 3: no$", tries=3
+            azure_provisioning.ERROR,
+            "^eth7 has no .* since renew eth7; renew eth7: exit status 3: no; for other machines",
+            tries=3,
         )
 
     def test_a_client_that_took_the_network_away_and_is_stuck_is_asked_again(self) -> None:
@@ -1015,7 +1018,7 @@ class PublishTest(Case):
                 self.clock.skipped += azure_provisioning.COMMAND_LIMIT
                 raise ProvisioningError("renew eth7: timed out")
 
-        self.renewal = Renewal(stuck, "renew eth7")
+        self.renewal = Renewal("renew", "eth7", ask=stuck)
         self.publish(azure_provisioning.INFO, "^published web-01 by renew eth7, after 15", tries=2)
         self.assertEqual((self.asked, self.clock.pauses), (2, []))
 
@@ -1035,7 +1038,7 @@ class PublishTest(Case):
         self.publish(azure_provisioning.WARNING, "^found no DHCP lease to renew on eth7; ")
         self.forget()
         self.interface = ""
-        self.renewal = Renewal(self.ask, "renew all")  # of a client that needs no interface to have a lease
+        self.renewal = Renewal("renew", "all", ask=self.ask)  # of a client that needs no interface to have a lease
         self.publish(azure_provisioning.WARNING, "^found no DHCP lease to renew on a default route; ")
         self.assertEqual(self.asked, 0)
 
@@ -1075,7 +1078,7 @@ class NetworkTest(Case):
 
     def test_this_machine_can_be_asked(self) -> None:
         azure_provisioning.default_interface()
-        azure_provisioning.is_connected()
+        azure_provisioning.is_connected("eth0")
 
     def test_who_has_no_default_route_or_no_address_is_not_connected(self) -> None:
         refusing = mock.MagicMock()
@@ -1083,12 +1086,13 @@ class NetworkTest(Case):
         for interface, make, wanted in (
             ("eth0", mock.MagicMock(), True),
             ("", mock.MagicMock(), False),
+            ("eth1", mock.MagicMock(), False),  # what is left when the one that was preferred has lost its lease
             ("eth0", refusing, False),
         ):
             with ExitStack() as stack:
                 stack.enter_context(mock.patch.object(azure_provisioning, "default_interface", return_value=interface))
                 stack.enter_context(mock.patch.object(socket, "socket", make))
-                self.assertEqual(azure_provisioning.is_connected(), wanted)
+                self.assertEqual(azure_provisioning.is_connected("eth0"), wanted)
                 make.assert_called_once_with(socket.AF_INET, socket.SOCK_DGRAM)  # sends nothing
 
     def find(self, *files: str, texts: Optional[Dict[str, str]] = None) -> Optional[Renewal]:
@@ -1127,7 +1131,7 @@ class NetworkTest(Case):
         self.check_found(self.find(lease), "networkctl reconfigure eth0", lease)
         for directory in ("/var/lib/NetworkManager", "/run/NetworkManager"):
             found = self.find(directory + "/internal-1-2-eth0.lease", texts=self.DEVICE)
-            self.check_found(found, "nmcli --wait 15 device connect eth0")
+            self.check_found(found, "nmcli --wait 14 device connect eth0")
         found = self.find("/run/network/ifstate.eth0", "/run/dhclient.eth0.pid")
         self.check_found(found, "systemctl restart networking.service")
 
@@ -1497,46 +1501,60 @@ class UserTest(Case):
             self.user()
         self.assertEqual(self.written[self.directory + "/unfinished"], ("alice\n/home/alice", 0o600))
 
-    DROP_IN = "/etc/ssh/sshd_config.d/10-azure-provisioning.conf"
     NO_PASSWORDS = "PasswordAuthentication no\nKbdInteractiveAuthentication no\nChallengeResponseAuthentication no\n"
 
     def sshd(self, settings: str) -> None:
         """There is an sshd, which has settings."""
         self.stack.enter_context(mock.patch.object(azure_provisioning, "SSHD", self.directory + "/sshd"))
         self.write(self.directory + "/sshd", "")
+        self.stack.enter_context(mock.patch.object(azure_provisioning, "SSHD_DROP_IN", self.directory + "/drop.conf"))
         self.settings = settings
 
     def test_sshd_takes_no_passwords_where_the_vm_was_created_without(self) -> None:
         self.sshd("port 22\npasswordauthentication no\nkbdinteractiveauthentication no\n")
         for raw in ("false", "", False):
             self.user(disable_password_authentication=raw)
-        self.assertNotIn(self.DROP_IN, self.written)
+        self.assertNotIn(self.directory + "/drop.conf", self.written)
         for raw in ("true", True):
             self.ran.clear()
             self.user(disable_password_authentication=raw)
-            self.assertEqual(self.written.pop(self.DROP_IN), (self.NO_PASSWORDS, 0o600))
+            self.assertEqual(self.written.pop(self.directory + "/drop.conf"), (self.NO_PASSWORDS, 0o600))
             reload = "systemctl try-reload-or-restart [s]sh.service [s]shd.service"
             self.assertEqual(self.ran[-2:], [reload, self.directory + "/sshd -T"])
-        self.files[self.DROP_IN] = self.NO_PASSWORDS
+
+    def test_an_sshd_that_was_not_reloaded_is_reloaded_the_next_time(self) -> None:
+        self.sshd("passwordauthentication no\n")
+        self.failing = "systemctl"
+        self.user(disable_password_authentication="true", status=1)
+        self.failing = ""
         self.ran.clear()
         self.user(disable_password_authentication="true")
-        self.assertNotIn(self.DROP_IN, self.written)
-        self.assertNotIn("systemctl", " ".join(self.ran))
+        self.assertIn("systemctl try-reload-or-restart", " ".join(self.ran))
+
+    def test_an_sshd_without_drop_ins_has_to_be_told_by_the_image(self) -> None:
+        self.sshd("passwordauthentication no\n")
+        with mock.patch.object(azure_provisioning, "SSHD_DROP_IN", "/no/such/drop.conf"):
+            self.user(disable_password_authentication="true")
+            self.assertNotIn("/no/such/drop.conf", self.written)
+            self.settings = "passwordauthentication yes\n"
+            self.user(disable_password_authentication="true", status=1)
 
     def test_sshd_that_takes_passwords_all_the_same_is_an_error(self) -> None:
         for one in ("passwordauthentication", "kbdinteractiveauthentication", "challengeresponseauthentication"):
             self.sshd(f"port 22\n{one} yes\n")
             self.user(disable_password_authentication="true", status=1)
-            self.assertRegex(self.lines[-1], f"^user failed: sshd has {one} yes in spite of {self.DROP_IN}: ")
+            self.assertRegex(
+                self.lines[-1], f"^user failed: sshd has {one} yes, whatever {self.directory}/drop.conf says: "
+            )
 
     def test_no_sshd_and_one_that_cannot_tell_yet_are_no_errors(self) -> None:
         self.stack.enter_context(mock.patch.object(azure_provisioning, "SSHD", "/no/sshd"))
         self.user(disable_password_authentication="true")
-        self.assertNotIn(self.DROP_IN, self.written)
+        self.assertNotIn(self.directory + "/drop.conf", self.written)
         self.sshd("")
         self.failing = "sshd -T"
         self.user(disable_password_authentication="true")
-        self.assertIn(self.DROP_IN, self.written)
+        self.assertIn(self.directory + "/drop.conf", self.written)
         self.assertEqual(self.levels[-2:], [azure_provisioning.INFO] * 2)
 
     def test_imds_is_asked_once_for_name_and_user_and_ready_comes_last(self) -> None:
