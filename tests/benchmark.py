@@ -18,7 +18,7 @@ import tempfile
 import time
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from tests import boot, machine, sandbox, vm
+from tests import container, machine, sandbox, vm
 from tests.fake_azure import IMDS, WIRESERVER, FakeAzure
 
 PYTHON = shutil.which("python3", path="/usr/bin") or sys.executable
@@ -209,12 +209,12 @@ def measure_boot(release: str, runs: int) -> None:
     """Print where the unit spends its time, in a booted and quiet system."""
     lab = vm.Lab()
     try:
-        with vm.Azure(lab) as azure, boot.Container(lab, release) as machine, vm.explained(machine, azure):
-            azure.start_network().start()
-            machine.boot(azure)
-            machine.wait_until_booted()
-            first = unit_times(machine.unit_journal())
-            samples = [start_unit(machine) for _ in range(runs)]
+        with vm.Azure(lab) as azure, container.Container(lab, release) as computer, vm.explained(computer, azure):
+            azure.start_network(delay=0).start()
+            computer.boot(azure)
+            computer.wait_until_booted()
+            first = unit_times(computer.unit_journal())
+            samples = [start_unit(computer) for _ in range(runs)]
     finally:
         lab.close()
     rows = [
@@ -246,22 +246,22 @@ def unit_times(journal: str) -> Sample:
     return {name: seconds * 1000 for name, seconds in times.items()}
 
 
-def start_unit(machine: boot.Container) -> Sample:
+def start_unit(computer: container.Container) -> Sample:
     """Start the unit once more, with the name to change, and return unit_times() and the time of each child alone."""
 
     def timed(*command: str) -> float:
         started = time.monotonic()
-        machine.run(*command)
+        computer.run(*command)
         return (time.monotonic() - started) * 1000
 
     def reset() -> None:
-        machine.run("sh", "-c", f"echo {vm.IMAGE_NAME} >/etc/hostname; systemctl -q enable {vm.UNIT}; sync")
-        machine.run("hostname", vm.IMAGE_NAME)
-        machine.run("systemctl", "stop", "systemd-hostnamed.service")
+        computer.run("sh", "-c", f"echo {vm.IMAGE_NAME} >/etc/hostname; systemctl -q enable {vm.UNIT}; sync")
+        computer.run("hostname", vm.IMAGE_NAME)
+        computer.run("systemctl", "stop", "systemd-hostnamed.service")
 
     reset()
     whole = timed("systemctl", "start", vm.UNIT)
-    sample = unit_times(machine.unit_journal())
+    sample = unit_times(computer.unit_journal())
     sample["`systemctl start` returns"] = whole
     empty = timed("true")
     for command in (
@@ -468,7 +468,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
             command += ["--absent", IMDS, "--absent", WIRESERVER, sys.executable, "-m", "tests.benchmark", "--inside"]
             status = subprocess.run([*command, *arguments], cwd=sandbox.REPOSITORY, check=False).returncode
         if status == 0 and options.only in (None, "boot"):
-            missing = vm.missing_tools(boot.TOOLS)
+            missing = vm.missing_tools(container.TOOLS)
             if os.geteuid() == 0 and not missing:
                 measure_boot(options.release, options.runs)
             else:

@@ -13,8 +13,8 @@ import time
 import unittest
 from typing import Any, List, Optional
 
-from tests import boot, sandbox
-from tests.boot import Container
+from tests import container, sandbox
+from tests.container import Container
 from tests.vm import IMAGE_NAME, ROUTER, UNIT, Azure, Case, cases, explained, wait_for
 
 VARIABLE = "AZURE_PROVISIONING_BOOT"
@@ -39,18 +39,18 @@ class BootCase(Case):
     """The boots of one release; a class of each is made below."""
 
     vm = Container
-    tools = boot.TOOLS
+    tools = container.TOOLS
 
     def first_boot(self, client: str) -> None:
         """Everything about the first boot of a VM with this DHCP client, and about the second."""
         test: Any = self
-        with Azure(self.lab) as azure, Container(self.lab, self.release, client) as machine, explained(machine, azure):
+        with Azure(self.lab) as azure, Container(self.lab, self.release, client) as vm, explained(vm, azure):
             azure.start_network().start()
-            machine.boot(azure)
-            self.check_provisioned(machine, azure)
-            self.check_published(machine, azure)
-            test.assertEqual([name for name, _ in machine.processes()].count("dhclient"), int(client == "ifupdown"))
-            self.check_second_boot(machine, azure)
+            vm.boot(azure)
+            self.check_provisioned(vm, azure)
+            self.check_published(vm, azure)
+            test.assertEqual([name for name, _ in vm.processes()].count("dhclient"), int(client == "ifupdown"))
+            self.check_second_boot(vm, azure)
 
     def test_first_boot_with_networkd(self) -> None:
         self.first_boot("networkd")
@@ -64,18 +64,16 @@ class BootCase(Case):
     def late(self, network: bool) -> None:
         """The network, or WireServer alone, comes 15 s late."""
         test: Any = self
-        with Azure(self.lab) as azure, Container(self.lab, self.release) as machine, explained(machine, azure):
+        with Azure(self.lab) as azure, Container(self.lab, self.release) as vm, explained(vm, azure):
             if network:
                 azure.start()
             else:
                 azure.start_network().start("wireserver")
-            machine.boot(azure)
+            vm.boot(azure)
             time.sleep(15)
             # Nothing else in the boot waits.
-            test.assertEqual(machine.run("systemctl", "is-active", "multi-user.target").strip(), "active")
-            test.assertEqual(
-                machine.run("systemctl", "is-active", UNIT).strip(), "inactive" if network else "activating"
-            )
+            test.assertEqual(vm.run("systemctl", "is-active", "multi-user.target").strip(), "active")
+            test.assertEqual(vm.run("systemctl", "is-active", UNIT).strip(), "inactive" if network else "activating")
             if network:
                 azure.start_network()
             else:
@@ -84,7 +82,7 @@ class BootCase(Case):
             wait_for("Ready", azure.reports, 30)
             seconds = azure.reports()[0]["time"] - there
             print(f"{self.release}: Ready {seconds:.1f} s after {'DHCP' if network else 'WireServer'} was there")
-            self.check_provisioned(machine, azure)
+            self.check_provisioned(vm, azure)
 
     def test_wireserver_that_comes_late(self) -> None:
         self.late(network=False)
@@ -93,70 +91,70 @@ class BootCase(Case):
         self.late(network=True)
 
     def test_a_power_cut_while_it_waits(self) -> None:
-        with Azure(self.lab) as azure, Container(self.lab, self.release) as machine, explained(machine, azure):
+        with Azure(self.lab) as azure, Container(self.lab, self.release) as vm, explained(vm, azure):
             azure.start_network()
-            machine.boot(azure)
-            wait_for("its first try", lambda: "trying again" in machine.unit_journal(), 30)
-            machine.cut_power()
-            self.check_armed(machine)
+            vm.boot(azure)
+            wait_for("its first try", lambda: "trying again" in vm.unit_journal(), 30)
+            vm.cut_power()
+            self.check_armed(vm)
             azure.start()
-            machine.boot(azure)
-            self.check_provisioned(machine, azure)
+            vm.boot(azure)
+            self.check_provisioned(vm, azure)
 
-    def check_armed(self, machine: Container) -> None:
+    def check_armed(self, vm: Container) -> None:
         """The unit is enabled, on the disk."""
         test: Any = self
-        test.assertEqual(machine.systemctl("is-enabled", UNIT).strip(), "enabled")
+        test.assertEqual(vm.systemctl("is-enabled", UNIT).strip(), "enabled")
 
     def test_wireserver_that_never_answers(self) -> None:
         test: Any = self
-        with Azure(self.lab) as azure, Container(self.lab, self.release) as machine, explained(machine, azure):
-            machine.write(f"etc/systemd/system/{UNIT}.d/timeout.conf", SHORT_TIMEOUT)
+        with Azure(self.lab) as azure, Container(self.lab, self.release) as vm, explained(vm, azure):
+            vm.write(f"etc/systemd/system/{UNIT}.d/timeout.conf", SHORT_TIMEOUT)
             azure.start_network().start("wireserver")
-            machine.boot(azure)
+            vm.boot(azure)
             # One can log in while it waits.
-            wait_for("its first try", lambda: "trying again" in machine.unit_journal(), 30)
-            test.assertEqual(machine.show("ActiveState", "multi-user.target"), "active")
-            test.assertEqual(machine.show("ActiveState"), "activating")
-            test.assertEqual(machine.show("ActiveState", "console-getty.service"), "active")
-            test.assertFalse(os.path.exists(f"/proc/{machine.pid}/root/run/nologin"))
-            self.check(machine, system="degraded", unit="enabled", result="exit-code", host_name="web-01")
+            wait_for("its first try", lambda: "trying again" in vm.unit_journal(), 30)
+            test.assertEqual(vm.show("ActiveState", "multi-user.target"), "active")
+            test.assertEqual(vm.show("ActiveState"), "activating")
+            test.assertEqual(vm.show("ActiveState", "console-getty.service"), "active")
+            test.assertFalse(os.path.exists(f"/proc/{vm.pid}/root/run/nologin"))
+            self.check(vm, system="degraded", unit="enabled", result="exit-code", host_name="web-01")
             line = "ready failed: GET http://168.63.129.16/machine?comp=goalstate: "
-            test.assertEqual(machine.unit_journal().count(line), 1)
-            test.assertEqual(machine.console_text().count(line), 1)
-            test.assertRegex(machine.unit_journal(), re.escape(line) + ".*Connection refused; gave up after 6 s\n")
-            errors = machine.run("journalctl", "--no-pager", "--unit=" + UNIT, "--priority=3", "--output=cat")
+            test.assertEqual(vm.unit_journal().count(line), 1)
+            test.assertEqual(vm.console_text().count(line), 1)
+            test.assertRegex(vm.unit_journal(), re.escape(line) + ".*Connection refused; gave up after 6 s\n")
+            errors = vm.run("journalctl", "--no-pager", "--unit=" + UNIT, "--priority=3", "--output=cat")
             test.assertIn(line, errors)
             test.assertNotIn("trying again", errors)
 
     def test_imds_that_never_answers(self) -> None:
         test: Any = self
-        with Azure(self.lab) as azure, Container(self.lab, self.release) as machine, explained(machine, azure):
+        with Azure(self.lab) as azure, Container(self.lab, self.release) as vm, explained(vm, azure):
             drop_in = f"etc/systemd/system/{UNIT}.d/timeout.conf"
-            machine.write(drop_in, SHORT_TIMEOUT)
+            vm.write(drop_in, SHORT_TIMEOUT)
             azure.start_network().start("imds")
-            machine.boot(azure)
-            self.check(machine, system="degraded", unit="enabled", result="exit-code", host_name=IMAGE_NAME)
+            vm.boot(azure)
+            self.check(vm, system="degraded", unit="enabled", result="exit-code", host_name=IMAGE_NAME)
             test.assertEqual([report["state"] for report in azure.reports()], ["Ready"])
-            machine.power_off()
-            self.check_armed(machine)
+            vm.power_off()
+            self.check_armed(vm)
             azure.start("wireserver")
-            machine.boot(azure)
-            self.check_provisioned(machine, azure, reports=2)
+            vm.boot(azure)
+            self.check_provisioned(vm, azure, reports=2)
 
     def image_of_an_image(self, vendor_preset: Optional[str] = None) -> None:
         """A VM is provisioned, captured by those who reset its identity their own way, and another is made from it."""
-        with Container(self.lab, self.release) as machine:
+        with Container(self.lab, self.release) as vm:
             if vendor_preset:
-                machine.write("usr/lib/systemd/system-preset/99-default-disable.preset", vendor_preset)
-            machine.write("etc/machine-id", "uninitialized\n")
+                vm.write("usr/lib/systemd/system-preset/99-default-disable.preset", vendor_preset)
+            vm.write("etc/machine-id", "uninitialized\n")
             for name in ("web-01", "web-02"):
-                with Azure(self.lab, name) as azure, explained(machine, azure):
+                with Azure(self.lab, name) as azure, explained(vm, azure):
                     azure.start_network().start()
-                    machine.boot(azure)
-                    self.check_provisioned(machine, azure, name)
-                    machine.power_off()
-                machine.write("etc/machine-id", "uninitialized\n")
+                    vm.boot(azure)
+                    self.check_provisioned(vm, azure, name)
+                    vm.power_off()
+                vm.write("etc/machine-id", "uninitialized\n")
 
     def test_an_image_of_an_image(self) -> None:
         self.image_of_an_image()
@@ -166,99 +164,95 @@ class BootCase(Case):
 
     def test_another_agent_is_refused(self) -> None:
         test: Any = self
-        with Container(self.lab, self.release, install=False) as machine:
-            self.lab.run(
-                "chroot", machine.root, "sh", "-c", "dpkg --unpack --force-depends /var/cache/cloud-init_*.deb"
-            )
-            names = os.listdir(machine.path("lib/systemd/system"))
-            machine.systemctl("enable", *[name for name in names if re.match(r"cloud-.*\.service", name)])
-            command = ["sh", os.path.join(sandbox.REPOSITORY, "install.sh"), "--root", machine.root]
-            before = machine.tree()
+        with Container(self.lab, self.release, install=False) as vm:
+            self.lab.run("chroot", vm.root, "sh", "-c", "dpkg --unpack --force-depends /var/cache/cloud-init_*.deb")
+            names = os.listdir(vm.path("lib/systemd/system"))
+            vm.systemctl("enable", *[name for name in names if re.match(r"cloud-.*\.service", name)])
+            command = ["sh", os.path.join(sandbox.REPOSITORY, "install.sh"), "--root", vm.root]
+            before = vm.tree()
             refused = self.lab.run(*command, check=False)
             test.assertEqual(refused.returncode, 1, refused.stdout)
             test.assertRegex(refused.stdout, r"\Ainstall\.sh: cloud-init is enabled in .*; nothing was changed\n\Z")
-            test.assertEqual(machine.tree(), before)
+            test.assertEqual(vm.tree(), before)
             self.lab.run(*command, "--force")
-            self.check_armed(machine)
+            self.check_armed(vm)
 
     def test_uninstall_leaves_nothing(self) -> None:
         test: Any = self
-        with Container(self.lab, self.release, install=False) as machine:
-            before = machine.tree()
+        with Container(self.lab, self.release, install=False) as vm:
+            before = vm.tree()
             for more in ([], ["--uninstall"]):
-                self.lab.run("sh", os.path.join(sandbox.REPOSITORY, "install.sh"), "--root", machine.root, *more)
+                self.lab.run("sh", os.path.join(sandbox.REPOSITORY, "install.sh"), "--root", vm.root, *more)
                 if not more:
-                    test.assertNotEqual(machine.tree(), before)
-            test.assertEqual(machine.tree(), before)
+                    test.assertNotEqual(vm.tree(), before)
+            test.assertEqual(vm.tree(), before)
 
     def test_usr_is_merged_or_not(self) -> None:
         # bullseye stands for the systems where /usr is not merged: let it not become merged unnoticed.
         test: Any = self
-        with Container(self.lab, self.release) as machine:
-            test.assertEqual(os.path.islink(machine.path("bin")), self.release != "bullseye")
+        with Container(self.lab, self.release) as vm:
+            test.assertEqual(os.path.islink(vm.path("bin")), self.release != "bullseye")
 
     def test_the_sandbox_of_the_unit(self) -> None:
         test: Any = self
-        with Azure(self.lab) as azure, Container(self.lab, self.release) as machine, explained(machine, azure):
+        with Azure(self.lab) as azure, Container(self.lab, self.release) as vm, explained(vm, azure):
             azure.start_network().start()
-            machine.boot(azure)
-            self.check_provisioned(machine, azure)
-            test.assertEqual(os.stat(machine.path("etc/hostname")).st_mode & 0o777, 0o644)
-            score = re.search(r"exposure level for \S+: ([0-9.]+)", machine.run("systemd-analyze", "security", UNIT))
+            vm.boot(azure)
+            self.check_provisioned(vm, azure)
+            test.assertEqual(os.stat(vm.path("etc/hostname")).st_mode & 0o777, 0o644)
+            score = re.search(r"exposure level for \S+: ([0-9.]+)", vm.run("systemd-analyze", "security", UNIT))
             assert score
             test.assertEqual(score.group(1), "3.0")  # as the README says
-            test.assertEqual(machine.run("systemd-analyze", "verify", "/etc/systemd/system/" + UNIT), "")
+            test.assertEqual(vm.run("systemd-analyze", "verify", "/etc/systemd/system/" + UNIT), "")
 
     # The lease, in the cases that are not the usual one.
 
     def test_an_address_that_is_not_from_dhcp_is_left_alone(self) -> None:
         test: Any = self
-        with Azure(self.lab) as azure, Container(self.lab, self.release) as machine, explained(machine, azure):
-            machine.give_address("eth0", "10.0.0.7/24", f"Gateway={ROUTER}\n")
+        with Azure(self.lab) as azure, Container(self.lab, self.release) as vm, explained(vm, azure):
+            vm.give_address("eth0", "10.0.0.7/24", f"Gateway={ROUTER}\n")
             azure.start_network().start()
-            machine.boot(azure)
-            self.check_provisioned(machine, azure)
-            test.assertIn("found no DHCP lease to renew on eth0; for other machines", machine.unit_journal())
-            test.assertEqual(machine.addresses(), ["10.0.0.7"])
+            vm.boot(azure)
+            self.check_provisioned(vm, azure)
+            test.assertIn("found no DHCP lease to renew on eth0; for other machines", vm.unit_journal())
+            test.assertEqual(vm.addresses(), ["10.0.0.7"])
 
     def test_a_dhcp_client_that_hangs_without_a_network_is_asked_again(self) -> None:
         test: Any = self
-        with Azure(self.lab) as azure, Container(self.lab, self.release, "ifupdown") as machine, explained(
-            machine, azure
-        ):
-            os.rename(machine.path("sbin/dhclient"), machine.path("sbin/dhclient.real"))
-            machine.write("sbin/dhclient", HANGING_DHCLIENT)
-            os.chmod(machine.path("sbin/dhclient"), 0o755)
+        with Azure(self.lab) as azure, Container(self.lab, self.release, "ifupdown") as vm, explained(vm, azure):
+            os.rename(vm.path("sbin/dhclient"), vm.path("sbin/dhclient.real"))
+            vm.write("sbin/dhclient", HANGING_DHCLIENT)
+            os.chmod(vm.path("sbin/dhclient"), 0o755)
             azure.start_network().start()
-            machine.boot(azure)
-            self.check_provisioned(machine, azure)
-            self.check_published(machine, azure)
+            vm.boot(azure)
+            self.check_provisioned(vm, azure)
+            self.check_published(vm, azure)
             lost = "eth0 has no address or no default route since systemctl restart networking.service; "
-            test.assertEqual(machine.unit_journal().count(lost), 1)
-            test.assertIn("timed out after 15.0 seconds; trying again\n", machine.unit_journal())
+            test.assertEqual(vm.unit_journal().count(lost), 1)
+            test.assertIn("timed out after 15.0 seconds; trying again\n", vm.unit_journal())
 
     def test_no_default_route(self) -> None:
         test: Any = self
-        with Azure(self.lab) as azure, Container(self.lab, self.release) as machine, explained(machine, azure):
+        with Azure(self.lab) as azure, Container(self.lab, self.release) as vm, explained(vm, azure):
             routes = "".join(f"[Route]\nDestination={a}\nScope=link\n" for a in sandbox.ADDRESSES.values())
-            machine.give_address("eth0", "10.0.0.7/24", routes)
+            vm.give_address("eth0", "10.0.0.7/24", routes)
             azure.start_network().start()
-            machine.boot(azure)
-            self.check_provisioned(machine, azure)
-            test.assertIn("found no DHCP lease to renew on a default route; for other", machine.unit_journal())
+            vm.boot(azure)
+            self.check_provisioned(vm, azure)
+            test.assertIn("found no DHCP lease to renew on a default route; for other", vm.unit_journal())
 
     def test_the_interface_with_the_default_route_is_the_one(self) -> None:
         test: Any = self
-        with Azure(self.lab) as azure, Container(self.lab, self.release) as machine, explained(machine, azure):
+        with Azure(self.lab) as azure, Container(self.lab, self.release) as vm, explained(vm, azure):
             # A second interface that comes first by name and by number, and one that has a worse default route.
             azure.ip("link", "set", "eth0", "name", "eth7", near=True)
             azure.ip("link", "add", "eth0", "type", "veth", "peer", "name", "eth1", near=True)
-            machine.give_address("eth0", "10.9.0.1/24")
-            machine.give_address("eth1", "10.9.1.1/24", "[Route]\nGateway=10.9.1.2\nMetric=5000\n")
+            vm.give_address("eth0", "10.9.0.1/24")
+            vm.give_address("eth1", "10.9.1.1/24", "[Route]\nGateway=10.9.1.2\nMetric=5000\n")
             azure.start_network().start()
-            machine.boot(azure)
-            self.check_provisioned(machine, azure)
-            test.assertIn("published web-01 by networkctl reconfigure eth7", machine.unit_journal())
+            vm.boot(azure)
+            self.check_provisioned(vm, azure)
+            test.assertIn("published web-01 by networkctl reconfigure eth7", vm.unit_journal())
             test.assertEqual(list(azure.leases().values()), ["web-01"])
 
 

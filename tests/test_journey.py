@@ -14,8 +14,8 @@ import uuid
 from contextlib import ExitStack
 from typing import Any, Sequence, Set, Type
 
-from tests import boot
-from tests.boot import Container
+from tests import container
+from tests.container import Container
 from tests.test_boot import VARIABLE
 from tests.vm import UNIT, VM, WORK, Azure, Case, cases, explained, wait_for
 
@@ -42,7 +42,7 @@ class JourneyCase(Case):
     """The journeys of one release; a class of each is made below."""
 
     vm: Type[VM] = Image
-    tools: Sequence[str] = (*boot.TOOLS, "ssh", "ssh-keygen")
+    tools: Sequence[str] = (*container.TOOLS, "ssh", "ssh-keygen")
 
     @classmethod
     def setUpClass(cls) -> None:

@@ -9,8 +9,8 @@ import unittest
 from contextlib import ExitStack
 from typing import Any, Dict, List, Tuple
 
-from tests import boot
-from tests.boot import Container
+from tests import container
+from tests.container import Container
 from tests.fake_azure import VM_ID
 from tests.test_boot import VARIABLE
 from tests.vm import Azure, Case, cases, explained, wait_for
@@ -38,7 +38,7 @@ class StrangersCase(Case):
     """The agents of one release; a class of each is made below."""
 
     vm = Stranger
-    tools = boot.TOOLS
+    tools = container.TOOLS
 
     # cloud-init: network, IMDS and WireServer are all its own doing.
 

@@ -1,7 +1,7 @@
 """What all VMs of the tests have in common: where they live, the far end of their network, what they are asked.
 
-A container (tests/boot.py) and a whole machine (tests/machine.py) are VMs. Nothing is left behind, however this process
-ends: files and containers live in mount and process namespaces that a process of ours holds (Lab), networks in
+A container (tests/container.py) and a whole machine (tests/machine.py) are VMs. Nothing is left behind, however this
+process ends: files and containers live in mount and process namespaces that a process of ours holds (Lab), networks in
 namespaces that others hold (Azure), and the kernel kills all of these with us (PR_SET_PDEATHSIG, by way of setpriv).
 Control groups are no process's: a process that outlives us by a moment removes them (JANITOR).
 """
@@ -250,8 +250,12 @@ class Azure:
         self.processes.start(sys.executable, "-m", "tests.fake_azure", *arguments, output=self.log, wrap=self.enter())
         return self
 
-    def start_network(self) -> "Azure":
-        """Start the DHCP server, whose leases never end, and the DNS server that learns names from it."""
+    def start_network(self, delay: int = 1) -> "Azure":
+        """Start the DHCP server, whose leases never end, and the DNS server that learns names from it.
+
+        The former takes delay seconds for an offer: no network answers within microseconds, and Debian 11's dhclient
+        misses what comes that soon, see https://bugs.launchpad.net/bugs/1926139
+        """
         self.leases_file = self.lab.path(f"leases-{self.far}")
         self.processes.start(
             "dnsmasq",
@@ -268,10 +272,8 @@ class Azure:
             "--bind-interfaces",
             "--dhcp-authoritative",
             "--dhcp-range=10.0.0.100,10.0.0.200,infinite",
-            # It neither looks whether an address is taken, for three seconds, nor answers within microseconds, as no
-            # network does: Debian 11's dhclient misses that, see https://bugs.launchpad.net/bugs/1926139
-            "--no-ping",
-            "--dhcp-reply-delay=1",
+            "--no-ping",  # as Azure's, which knows whose an address is
+            f"--dhcp-reply-delay={delay}",
             # As Azure's: the routes to its services beside the default one. Agents look for them.
             "--dhcp-option=121," + ",".join(f"{network},{ROUTER}" for network in ("0.0.0.0/0", *ADDRESSES[1:])),
             "--dhcp-leasefile=" + self.leases_file,
