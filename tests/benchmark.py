@@ -48,7 +48,7 @@ COMMANDS: Dict[str, List[str]] = {
         "import http.client, xml.etree.ElementTree",
     ],
     "bash and curl": ["bash", "-c", CURL],
-    MODULE: [PYTHON, "-IS", sandbox.SCRIPT, "ready"],
+    MODULE: [PYTHON, "-IS", sandbox.PROGRAM, "ready"],
 }
 
 Sample = Dict[str, float]
@@ -147,7 +147,7 @@ def measure_processes(commands: Dict[str, List[str]], runs: int, cold: bool) -> 
 def start_module(address: str) -> "subprocess.Popen[bytes]":
     """Start the module's ready step on a WireServer of its own."""
     return subprocess.Popen(
-        [PYTHON, "-IS", sandbox.SCRIPT, "--wireserver", address, "ready"],
+        [PYTHON, "-IS", sandbox.PROGRAM, "--wireserver", address, "ready"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -1,6 +1,6 @@
-"""Run the unmodified script where the pretend Azure answers at Azure's real addresses, and nothing else can be reached.
+"""Run the unmodified program where the pretend Azure is at Azure's real addresses, and nothing else can be reached.
 
-`python3 -m tests.sandbox [COMMAND ...]` runs COMMAND, by default the script without arguments, in network, UTS and
+`python3 -m tests.sandbox [COMMAND ...]` runs COMMAND, by default the program without arguments, in network, UTS and
 mount namespaces of its own: there a host name, an /etc and a /run of a VM stand in place of the machine's, whose D-Bus
 is thus out of reach. It ends by showing what Azure saw and what the VM is called now; its exit status is COMMAND's.
 
@@ -20,7 +20,7 @@ from typing import Any, Dict, List, Optional
 from tests.fake_azure import IMDS, WIRESERVER, FakeAzure, add_vm_arguments, from_arguments
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SCRIPT = os.path.join(REPOSITORY, "azure_provisioning.py")
+PROGRAM = os.path.join(REPOSITORY, "azure_provisioning.py")
 ADDRESSES = {WIRESERVER: "168.63.129.16", IMDS: "169.254.169.254"}
 
 IMAGE_NAME = "image"  # what the VM is called before it is provisioned
@@ -165,7 +165,7 @@ def inside(options: argparse.Namespace) -> int:
         for service, address in ADDRESSES.items():
             if service not in options.absent:
                 azure.listen(service, address, 80)
-        command = options.command or [sys.executable, "-IS", SCRIPT]
+        command = options.command or [sys.executable, "-IS", PROGRAM]
         try:
             status = subprocess.run(command, env=environment(), cwd=REPOSITORY, check=False).returncode
         except OSError as error:
@@ -194,7 +194,7 @@ def parse_arguments(arguments: List[str]) -> argparse.Namespace:
     parser.add_argument(
         "--json", metavar="FILE", type=os.path.abspath, help="write what Azure saw to FILE, instead of showing it"
     )
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="default: the script")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="default: the program")
     return parser.parse_args(arguments)
 
 

@@ -132,7 +132,7 @@ class InstallCase(unittest.TestCase):
     def check_whole(self) -> None:
         """Check that everything is in its place, as a first install would have left it."""
         tree = self.tree()
-        for name, source in ((PROGRAM, sandbox.SCRIPT), (UNIT, os.path.join(sandbox.REPOSITORY, UNIT.split("/")[-1]))):
+        for name, source in ((PROGRAM, sandbox.PROGRAM), (UNIT, os.path.join(sandbox.REPOSITORY, UNIT.split("/")[-1]))):
             with open(source, encoding="utf-8") as file:
                 self.assertEqual(str(tree[name][1]).rsplit("\n", 2)[0] + "\n", file.read())
         self.assertEqual(tree[PROGRAM][0], 0o100755)

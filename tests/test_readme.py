@@ -33,7 +33,7 @@ class ReadmeTest(unittest.TestCase):
         self.assertIn(f"```\n{output}```\n", self.text)
 
     def test_the_command_line_is_complete(self) -> None:
-        usage = self.run_python(sandbox.SCRIPT, "--help")
+        usage = self.run_python(sandbox.PROGRAM, "--help")
         for option in re.findall(r"--[a-z-]+", usage):
             self.assertIn(option, self.text)
         self.assertIn("[--timeout SECONDS] [--fail REASON] [STEP ...]", self.text)
@@ -77,7 +77,7 @@ class ReadmeTest(unittest.TestCase):
         self.assertEqual((azure_provisioning.FIRST_PAUSE, azure_provisioning.LONGEST_RETRY_AFTER), (0.25, 30))
 
     def test_the_messages_that_it_explains_are_the_modules(self) -> None:
-        with open(sandbox.SCRIPT, encoding="utf-8") as file:
+        with open(sandbox.PROGRAM, encoding="utf-8") as file:
             module = file.read()
         for message in (
             "no complete answer within",

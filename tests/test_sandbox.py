@@ -1,4 +1,4 @@
-"""The script as it is shipped, run in the sandbox: a VM whose WireServer and IMDS are at their real addresses."""
+"""The program as it is shipped, run in the sandbox: a VM whose WireServer and IMDS are at their real addresses."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from tests import sandbox
 
-SCRIPT = [sys.executable, "-IS", sandbox.SCRIPT]
+PROGRAM = [sys.executable, "-IS", sandbox.PROGRAM]
 SETHOSTNAME = f"{sys.executable} -c 'import socket, sys; socket.sethostname(sys.argv[1])'"
 
 
@@ -59,8 +59,8 @@ class SandboxCase(unittest.TestCase):
         return state
 
     def vm(self, *arguments: str, options: Sequence[str] = (), script: Optional[Dict[str, Any]] = None) -> Result:
-        """Run the script with arguments in a VM that options describe, on an Azure that misbehaves by script."""
-        return self.vm_command(*SCRIPT, *arguments, options=options, script=script)
+        """Run the program with arguments in a VM that options describe, on an Azure that misbehaves by script."""
+        return self.vm_command(*PROGRAM, *arguments, options=options, script=script)
 
     def vm_command(self, *command: str, options: Sequence[str] = (), script: Optional[Dict[str, Any]] = None) -> Result:
         """Run command in the VM."""
@@ -148,7 +148,7 @@ class MainJobTest(SandboxCase):
             "-c",
             f'a=$({look}); "$@" || exit; b=$({look}); [ "$a" = "$b" ]',
             "sh",
-            *SCRIPT,
+            *PROGRAM,
             options=["--host-name", "web-01", "--hosts", hosts],
         )
         self.assertEqual(result.status, 0, result)
@@ -157,7 +157,7 @@ class MainJobTest(SandboxCase):
         self.check_ready(result)
 
     def test_a_second_run_finds_all_as_wanted(self) -> None:
-        result = self.vm_command("sh", "-c", '"$@" && "$@"', "sh", *SCRIPT)
+        result = self.vm_command("sh", "-c", '"$@" && "$@"', "sh", *PROGRAM)
         self.assertEqual(result.status, 0, result)
         self.assertIn("the host name is web-01 already\n", result.stdout)
 
@@ -185,7 +185,7 @@ class HostnamectlTest(SandboxCase):
     """Where NetworkManager runs, hostnamectl comes first; if it is missing or fails, the module does it."""
 
     def vm_with_hostnamectl(self, program: Optional[str], *arguments: str) -> Result:
-        """Run the script with a PATH on which hostnamectl is program, or nothing."""
+        """Run the program with a PATH on which hostnamectl is this text, or nothing."""
         if program is not None:
             path = os.path.join(self.directory, "hostnamectl")
             with open(path, "w", encoding="utf-8") as file:
@@ -198,7 +198,7 @@ class HostnamectlTest(SandboxCase):
             "-c",
             'mkdir /run/NetworkManager; PATH=$0:$PATH; [ -e "$0/hostnamectl" ] || PATH=$0; exec "$@"',
             self.directory,
-            *SCRIPT,
+            *PROGRAM,
             *arguments,
         )
 
@@ -231,9 +231,8 @@ class HostnamectlTest(SandboxCase):
         self.check_ready(result)
 
     def test_a_name_that_cannot_be_set_is_an_error_and_ready_is_reported(self) -> None:
-        result = self.vm_command(
-            "sh", "-c", 'mkdir /etc/x && mount --bind /etc /etc && mount -o remount,bind,ro /etc && "$@"', "sh", *SCRIPT
-        )
+        read_only = 'mkdir /etc/x && mount --bind /etc /etc && mount -o remount,bind,ro /etc && "$@"'
+        result = self.vm_command("sh", "-c", read_only, "sh", *PROGRAM)
         self.assertEqual(result.status, 1, result)
         self.assertEqual([report["state"] for report in result.seen["reports"]], ["Ready"])
         self.assertEqual(result.seen["etc_hostname"], "image\n")
@@ -245,9 +244,9 @@ class DiskTest(SandboxCase):
     """What stands where a file should, or where one is to be written, hinders nothing for long and leads nowhere."""
 
     def vm_after(self, preparation: str, check: str = "", **more: Any) -> Result:
-        """Run the script after a preparation in the VM's /etc, and then a check, whose failure is status 99."""
+        """Run the program after a preparation in the VM's /etc, and then a check, whose failure is status 99."""
         code = f'cd /etc && {preparation} && {{ s=0; "$@" || s=$?; {check or ":"} || exit 99; exit $s; }}'
-        return self.vm_command("sh", "-euc", code, "sh", *SCRIPT, **more)
+        return self.vm_command("sh", "-euc", code, "sh", *PROGRAM, **more)
 
     def test_a_fifo_in_place_of_etc_hosts_is_an_error_and_ready_is_reported(self) -> None:
         result = self.vm_after("rm hosts && mkfifo hosts", "[ -p hosts ] && rm hosts")
@@ -297,7 +296,7 @@ class TroubleTest(SandboxCase):
     """At the real addresses, with the real clock."""
 
     def test_no_network_is_tried_again_and_then_one_line(self) -> None:
-        result = self.vm_command("sh", "-c", 'ip address flush dev lo; "$@"', "sh", *SCRIPT, "--timeout", "1.5")
+        result = self.vm_command("sh", "-c", 'ip address flush dev lo; "$@"', "sh", *PROGRAM, "--timeout", "1.5")
         self.assertEqual(result.status, 1, result)
         self.assertRegex(result.stderr, r"(?m)^GET http://169.254.169.254/.*unreachable; trying again in 0\.\d s$")
         for step in ("hostname", "ready"):
@@ -308,7 +307,7 @@ class TroubleTest(SandboxCase):
             "ip address flush dev lo; "
             "(sleep 1; ip address add 168.63.129.16 dev lo; ip address add 169.254.169.254 dev lo)& "
         )
-        result = self.vm_command("sh", "-c", network + '"$@"', "sh", *SCRIPT)
+        result = self.vm_command("sh", "-c", network + '"$@"', "sh", *PROGRAM)
         self.assertEqual(result.status, 0, result)
         self.assertIn("unreachable; trying again", result.stderr)
         self.check_ready(result)
@@ -320,7 +319,7 @@ class TroubleTest(SandboxCase):
             "ip addr del 169.254.169.254/32 dev lo; ip link add x type veth peer name y; ip link set x up;"
             'ip link set y up; ip addr add 169.254.169.250/30 dev x; "$@"',
             "sh",
-            *SCRIPT,
+            *PROGRAM,
             "--timeout",
             "2",
         )
@@ -352,7 +351,7 @@ class TroubleTest(SandboxCase):
     def test_sigterm_ends_it_at_once_with_a_status_that_is_not_zero(self) -> None:
         code = 'trap "" PIPE; "$@" & sleep 0.7; kill -TERM $!; wait $!; s=$?; [ $s -ne 0 ] && exit 42; exit $s'
         started = time.monotonic()
-        result = self.vm_command("sh", "-c", code, "sh", *SCRIPT, script={"imds": [{"do": "silent"}]})
+        result = self.vm_command("sh", "-c", code, "sh", *PROGRAM, script={"imds": [{"do": "silent"}]})
         self.assertLess(time.monotonic() - started, 5)
         self.assertEqual(result.status, 42, result)
         self.assertNotIn("Traceback", result.stderr)
@@ -362,7 +361,7 @@ class TroubleTest(SandboxCase):
             "import subprocess, sys, time; p = subprocess.Popen(sys.argv[1:]); time.sleep(0.7); "
             "p.send_signal(2); sys.exit(p.wait() + 44)"
         )
-        result = self.vm_command(sys.executable, "-c", code, *SCRIPT, script={"imds": [{"do": "silent"}]})
+        result = self.vm_command(sys.executable, "-c", code, *PROGRAM, script={"imds": [{"do": "silent"}]})
         self.assertEqual((result.status, result.stderr), (44 - signal.SIGINT, ""), result)
 
 
@@ -370,7 +369,7 @@ class StartTest(SandboxCase):
     """What is imported is read from a cold disk in every VM's first boot."""
 
     def test_what_is_not_needed_stays_on_the_disk(self) -> None:
-        result = self.vm_command(sys.executable, "-v", "-IS", sandbox.SCRIPT, "ready")
+        result = self.vm_command(sys.executable, "-v", "-IS", sandbox.PROGRAM, "ready")
         self.check_ready(result, sandbox.IMAGE_NAME)
         loaded = set(re.findall("(?m)^import '?([A-Za-z0-9_.]+)'? #", result.stderr))
         self.assertIn("socket", loaded)
@@ -388,7 +387,7 @@ class StartTest(SandboxCase):
             "sys.meta_path.insert(0, Finder()); sys.argv = sys.argv[1:]\n"
             "runpy.run_path(sys.argv[0], run_name='__main__')\n"
         )
-        result = self.vm_command(sys.executable, "-IS", "-c", code, sandbox.SCRIPT)
+        result = self.vm_command(sys.executable, "-IS", "-c", code, sandbox.PROGRAM)
         self.assertEqual((result.status, result.stderr), (128 + signal.SIGINT, ""), result)
 
 
@@ -403,7 +402,7 @@ class OutputTest(SandboxCase):
         }.items():
             with self.subTest(situation):
                 code = f'{{ "$@"; echo $? >/etc/status; }} {redirection}; sleep 0.1; exit "$(cat /etc/status)"'
-                result = self.vm_command("sh", "-c", code, "sh", *SCRIPT, script={"wireserver": [{"status": 503}]})
+                result = self.vm_command("sh", "-c", code, "sh", *PROGRAM, script={"wireserver": [{"status": 503}]})
                 self.assertEqual(result.status, 0, result)
                 self.check_ready(result)
 
@@ -411,7 +410,7 @@ class OutputTest(SandboxCase):
         for streams in ("", ">&- 2>&-"):
             with self.subTest(streams):
                 result = self.vm_command(
-                    "sh", "-c", f'mount -t tmpfs tmpfs /dev; "$@" {streams}', "sh", *SCRIPT, "ready"
+                    "sh", "-c", f'mount -t tmpfs tmpfs /dev; "$@" {streams}', "sh", *PROGRAM, "ready"
                 )
                 self.assertEqual(result.status, 0, result)
                 self.check_ready(result, sandbox.IMAGE_NAME)
@@ -419,7 +418,7 @@ class OutputTest(SandboxCase):
     def test_streams_that_are_closed_are_not_taken_for_those_of_the_services(self) -> None:
         for streams in (">&- 2>&-", "<&- >&- 2>&-", "2>&-"):
             with self.subTest(streams):
-                result = self.vm_command("sh", "-c", f'"$@" {streams}', "sh", *SCRIPT, "-v")
+                result = self.vm_command("sh", "-c", f'"$@" {streams}', "sh", *PROGRAM, "-v")
                 self.assertEqual(result.status, 0, result)
                 self.check_ready(result)
                 self.assertEqual([request["outcome"] for request in result.seen["requests"]], ["200"] * 3)
@@ -438,13 +437,13 @@ class OutputTest(SandboxCase):
             "p=subprocess.Popen(sys.argv[1:],env=e,stdout=w,stderr=w); os.close(w); "
             "sys.stdout.write(os.fdopen(r).read()); sys.exit(p.wait())"
         )
-        result = self.vm_command(sys.executable, "-c", code, *SCRIPT, "--timeout", "2", options=["--absent", "imds"])
+        result = self.vm_command(sys.executable, "-c", code, *PROGRAM, "--timeout", "2", options=["--absent", "imds"])
         self.assertRegex(result.stdout, r"(?m)^<4>GET .*; trying again")
         self.assertRegex(result.stdout, r"(?m)^<3>hostname failed: ")
         self.assertRegex(result.stdout, r"(?m)^reported Ready to ")
 
     def test_another_ones_journal_stream_is_not_ours(self) -> None:
-        result = self.vm_command("env", "JOURNAL_STREAM=1:2", *SCRIPT, script={"imds": [{"status": 500}]})
+        result = self.vm_command("env", "JOURNAL_STREAM=1:2", *PROGRAM, script={"imds": [{"status": 500}]})
         self.assertNotIn("<4>", result.stderr)
 
     def test_verbose_shows_what_the_services_answer(self) -> None:
@@ -473,10 +472,10 @@ class CommandLineTest(SandboxCase):
         if os.geteuid() == 0:
             # /root, where a pyenv may live, is closed to others.
             result = self.vm_command(
-                "setpriv", "--reuid=65534", "--clear-groups", "/usr/bin/python3", *SCRIPT[1:], "-n"
+                "setpriv", "--reuid=65534", "--clear-groups", "/usr/bin/python3", *PROGRAM[1:], "-n"
             )
         else:
-            result = self.vm_command("setpriv", "--bounding-set=-all", *SCRIPT, "-n")
+            result = self.vm_command("setpriv", "--bounding-set=-all", *PROGRAM, "-n")
         self.assertEqual(result.status, 0, result)
         self.assertIn("would set the host name to web-01", result.stdout)
         self.assertIn("<State>Ready</State>", result.stdout)
