@@ -445,8 +445,8 @@ FILE_LIMIT = 1 << 22  # characters
 SELINUX_LABEL = "security.selinux"
 
 
-def run(*command: str) -> str:
-    """Run command without a shell, for COMMAND_LIMIT at most, and return its output.
+def run(*command: str, limit: float = COMMAND_LIMIT) -> str:
+    """Run command without a shell, for limit seconds at most, and return its output.
 
     Raises ProvisioningError unless it succeeds.
     """
@@ -455,7 +455,7 @@ def run(*command: str) -> str:
     asked = " ".join(command)
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=COMMAND_LIMIT
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ProvisioningError(f"{asked}: {error}") from error
@@ -601,7 +601,9 @@ def update_hosts(name: str, dry_run: bool = False) -> None:
 # The lease: the virtual network's DNS learns the name from a DHCP client that asks again, and leases there never end.
 
 
-RENEWAL_TRIES = 3  # a client can be stuck: Debian 11's dhclient misses answers, https://bugs.launchpad.net/bugs/1926139
+# A client can be stuck: Debian 11's dhclient misses answers, https://bugs.launchpad.net/bugs/1926139
+RENEWAL_TRIES = 3
+RENEWAL_LIMIT = 8.0  # seconds for each
 
 
 class Renewal:
@@ -612,7 +614,7 @@ class Renewal:
 
     def __init__(self, *command: str, lease: str = "", ask: "Optional[Callable[[], object]]" = None) -> None:
         self.by_hand = " ".join(command)
-        self.ask = ask or functools.partial(run, *command)
+        self.ask = ask or functools.partial(run, *command, limit=RENEWAL_LIMIT)
         self.lease = lease
 
 
@@ -635,7 +637,7 @@ def network_manager(interface: str) -> "Optional[Renewal]":
     leases = [file for directory in directories for file in os.listdir(directory)]
     if not connection or not any(file.endswith(f"{connection.group(1)}-{interface}.lease") for file in leases):
         return None
-    return Renewal("nmcli", "--wait", f"{COMMAND_LIMIT - 1:.0f}", "device", "connect", interface)
+    return Renewal("nmcli", "--wait", f"{RENEWAL_LIMIT - 1:.0f}", "device", "connect", interface)
 
 
 def ifupdown(interface: str) -> "Optional[Renewal]":
@@ -677,7 +679,7 @@ def ask_dhcpcd(path: str, interface: str) -> None:
     """Have the dhcpcd at the socket path renew the lease of interface; it does not answer. Raises ProvisioningError."""
     try:
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(COMMAND_LIMIT)
+            connection.settimeout(RENEWAL_LIMIT)
             connection.connect(path)
             connection.sendall(f"dhcpcd\0-N\0{interface}\0".encode())
     except OSError as error:
@@ -742,7 +744,7 @@ def wait_until(condition: "Callable[[], bool]", deadline: float) -> bool:
 def publish_host_name(name: str, dry_run: bool = False) -> None:
     """Have the DHCP client of the default route send name to the virtual network's DNS, and wait for the lease.
 
-    Best effort, for COMMAND_LIMIT at most, and again only while the interface is without an address or a default route:
+    Best effort, for RENEWAL_LIMIT at most, and again only while the interface is without an address or a default route:
     that is an error in the end, other trouble is one line that says what to do by hand.
     """
     advice = f"for other machines to resolve {name}, restart the DHCP client, or reboot"
@@ -759,7 +761,7 @@ def publish_host_name(name: str, dry_run: bool = False) -> None:
         return
     started = time.monotonic()
     for tries_left in reversed(range(RENEWAL_TRIES)):
-        deadline = time.monotonic() + COMMAND_LIMIT
+        deadline = time.monotonic() + RENEWAL_LIMIT
         trouble = ask_for_lease(renewal, deadline)
         if wait_until(lambda: is_connected(interface), deadline):
             if trouble:

@@ -229,7 +229,7 @@ class BootCase(Case):
             self.check_published(vm, azure)
             lost = "eth0 has no address or no default route since systemctl restart networking.service; "
             test.assertEqual(vm.unit_journal().count(lost), 1)
-            test.assertIn("timed out after 15.0 seconds; trying again\n", vm.unit_journal())
+            test.assertIn("timed out after 8.0 seconds; trying again\n", vm.unit_journal())
 
     def test_no_default_route(self) -> None:
         test: Any = self

@@ -117,7 +117,10 @@ class JourneyCase(Case):
         self.check_provisioned(vm, azure, name, reports)
         print(f"{vm.release}, {vm.client}: Ready {seconds:.1f} s after power on")
         if vm.patience == 1:  # an emulated processor's time says nothing of a real one's
-            test.assertLess(seconds, 15)
+            hanging = (
+                vm.release == "bullseye" and vm.client == "ifupdown"
+            )  # as Debian 11's dhclient may, see the README
+            test.assertLess(seconds, 40 if hanging else 15)
         test.assertEqual(
             self.units(vm.run("systemctl", "list-unit-files", "--no-legend", "--state=enabled")), self.enabled
         )

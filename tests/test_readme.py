@@ -7,7 +7,7 @@ import sys
 import unittest
 
 import azure_provisioning
-from tests import sandbox, test_boot, test_machine
+from tests import sandbox, test_boot, test_machine, vm
 
 
 class ReadmeTest(unittest.TestCase):
@@ -27,6 +27,11 @@ class ReadmeTest(unittest.TestCase):
             check=True,
         )
         return done.stdout
+
+    def test_what_debian_11_needs_is_what_its_vms_have_in_the_tests(self) -> None:
+        unit, text = vm.HANGING
+        for said in (unit, *text.splitlines()[1:]):
+            self.assertIn(f"`{said}`", self.text)
 
     def test_the_first_command_prints_what_it_shows(self) -> None:
         output = self.run_python("-m", "tests.sandbox")
@@ -74,6 +79,8 @@ class ReadmeTest(unittest.TestCase):
         self.assertEqual(azure_provisioning.ANSWER_LIMIT, 1 << 20)
         limits = azure_provisioning.ATTEMPT_LIMIT, azure_provisioning.LONGEST_PAUSE, azure_provisioning.OLD_IMDS_AFTER
         self.assertEqual(limits, (10, 5, 10))
+        limits = azure_provisioning.COMMAND_LIMIT, azure_provisioning.RENEWAL_LIMIT, azure_provisioning.RENEWAL_TRIES
+        self.assertEqual(limits, (15, 8, 3))
         self.assertEqual((azure_provisioning.FIRST_PAUSE, azure_provisioning.LONGEST_RETRY_AFTER), (0.25, 30))
 
     def test_the_messages_that_it_explains_are_the_modules(self) -> None:
