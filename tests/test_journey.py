@@ -121,9 +121,9 @@ class JourneyCase(Case):
                 vm.release == "bullseye" and vm.client == "ifupdown"
             )  # as Debian 11's dhclient may, see the README
             test.assertLess(seconds, 40 if hanging else 15)
-        test.assertEqual(
-            self.units(vm.run("systemctl", "list-unit-files", "--no-legend", "--state=enabled")), self.enabled
-        )
+        # From the files: the manager of a busy emulated machine takes longer for it than D-Bus waits.
+        listing = vm.run("systemctl", "--root=/", "list-unit-files", "--no-legend", "--state=enabled")
+        test.assertEqual(self.units(listing), self.enabled)
         test.assertEqual(vm.run("systemctl", "is-active", "idle.service").strip(), "inactive")
         machine_id = vm.read("etc/machine-id").strip()
         test.assertRegex(machine_id, r"\A[0-9a-f]{32}\Z")
