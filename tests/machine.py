@@ -248,7 +248,7 @@ class Outcome:
             vm.wait_until_booted()
             self.seconds = time.monotonic() - vm.switched_on
             self.asked = min([self.seconds, *(request["time"] - vm.switched_on for request in azure.requests())])
-            self.states = [report["state"] for report in azure.reports()]
+            self.states = azure.states()
             self.first_name = re.findall("client provides name: (.*)", azure.text(azure.dhcp_log))[0]
             self.found = {
                 "host name": vm.run("uname", "-n").strip(),
@@ -268,7 +268,7 @@ class PowerCut:
         self.after = time.monotonic() - vm.switched_on
         with vm.stopped():
             vm.copy_disk(copy)
-            self.states = [report["state"] for report in azure.reports()]
+            self.states = azure.states()
             self.asked = bool(azure.requests())
 
     def __str__(self) -> str:

@@ -1507,22 +1507,26 @@ class UserTest(Case):
 
     NO_PASSWORDS = "PasswordAuthentication no\nKbdInteractiveAuthentication no\nChallengeResponseAuthentication no\n"
 
+    @property
+    def drop_in(self) -> str:
+        return self.directory + "/drop.conf"
+
     def sshd(self, settings: str) -> None:
         """There is an sshd, which has settings."""
         self.stack.enter_context(mock.patch.object(azure_provisioning, "SSHD", self.directory + "/sshd"))
         self.write(self.directory + "/sshd", "")
-        self.stack.enter_context(mock.patch.object(azure_provisioning, "SSHD_DROP_IN", self.directory + "/drop.conf"))
+        self.stack.enter_context(mock.patch.object(azure_provisioning, "SSHD_DROP_IN", self.drop_in))
         self.settings = settings
 
     def test_sshd_takes_no_passwords_where_the_vm_was_created_without(self) -> None:
         self.sshd("port 22\npasswordauthentication no\nkbdinteractiveauthentication no\n")
         for raw in ("false", "", False):
             self.user(disable_password_authentication=raw)
-        self.assertNotIn(self.directory + "/drop.conf", self.written)
+        self.assertNotIn(self.drop_in, self.written)
         for raw in ("true", True):
             self.ran.clear()
             self.user(disable_password_authentication=raw)
-            self.assertEqual(self.written.pop(self.directory + "/drop.conf"), (self.NO_PASSWORDS, 0o600))
+            self.assertEqual(self.written.pop(self.drop_in), (self.NO_PASSWORDS, 0o600))
             reload = "systemctl try-reload-or-restart [s]sh.service [s]shd.service"
             self.assertEqual(self.ran[-2:], [reload, self.directory + "/sshd -T"])
 
@@ -1547,18 +1551,16 @@ class UserTest(Case):
         for one in ("passwordauthentication", "kbdinteractiveauthentication", "challengeresponseauthentication"):
             self.sshd(f"port 22\n{one} yes\n")
             self.user(disable_password_authentication="true", status=1)
-            self.assertRegex(
-                self.lines[-1], f"^user failed: sshd has {one} yes, whatever {self.directory}/drop.conf says: "
-            )
+            self.assertRegex(self.lines[-1], f"^user failed: sshd has {one} yes, whatever {self.drop_in} says: ")
 
     def test_no_sshd_and_one_that_cannot_tell_yet_are_no_errors(self) -> None:
         self.stack.enter_context(mock.patch.object(azure_provisioning, "SSHD", "/no/sshd"))
         self.user(disable_password_authentication="true")
-        self.assertNotIn(self.directory + "/drop.conf", self.written)
+        self.assertNotIn(self.drop_in, self.written)
         self.sshd("")
         self.failing = "sshd -T"
         self.user(disable_password_authentication="true")
-        self.assertIn(self.directory + "/drop.conf", self.written)
+        self.assertIn(self.drop_in, self.written)
         self.assertEqual(self.levels[-2:], [azure_provisioning.INFO] * 2)
 
     def test_imds_is_asked_once_for_name_and_user_and_ready_comes_last(self) -> None:

@@ -135,7 +135,7 @@ class BootCase(Case):
             azure.start_network().start("imds")
             vm.boot(azure)
             self.check(vm, system="degraded", unit="enabled", result="exit-code", host_name=IMAGE_NAME)
-            test.assertEqual([report["state"] for report in azure.reports()], ["Ready"])
+            test.assertEqual(azure.states(), ["Ready"])
             vm.power_off()
             self.check_armed(vm)
             azure.start("wireserver")

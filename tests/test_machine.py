@@ -183,7 +183,7 @@ class BookwormCase(MachineCase):
             vm.wait_until_booted()
             test.assertEqual(vm.run("getenforce").strip(), "Enforcing")
             self.check(vm, unit="disabled", result="success", host_name="web-01", etc_hostname="web-01")
-            test.assertEqual([report["state"] for report in azure.reports()], ["Ready"])
+            test.assertEqual(azure.states(), ["Ready"])
             written = [
                 *("/etc/hostname", "/etc/hosts", "/etc/passwd", "/etc/sudoers.d/90-azure-provisioning-alice"),
                 *("/etc/ssh/sshd_config.d/10-azure-provisioning.conf", "/home/alice/.ssh/authorized_keys"),

@@ -148,7 +148,7 @@ class RecipeCase(JourneyCase):
             self.check(
                 vm, system="running", unit="disabled", result="success", host_name="web-01", etc_hostname="web-01"
             )
-            test.assertEqual([report["state"] for report in azure.reports()], ["Ready"])
+            test.assertEqual(azure.states(), ["Ready"])
             self.check_login(vm, azure)
             test.assertEqual([azure.resolve("web-01")], vm.addresses())
             test.assertEqual(vm.run("getent", "ahostsv4", "web-01").split()[:1], vm.addresses())
