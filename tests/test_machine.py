@@ -118,8 +118,8 @@ class BullseyeCase(MachineCase):
             "lab = Lab(); lab.root = lambda *_: lab.run('mkdir', WORK + '/root') and WORK + '/root'\n"
             "vm = Machine(lab, '', install=False); lab.run('truncate', '--size=1M', vm.root + '/disk')\n"
             "azure = Azure(lab, cable=TAP); vm.disk, vm.kernel, vm.initrd = vm.path('disk'), *sys.argv[1:]\n"
-            "vm.switch_on(azure); pids = [lab.pid, azure.far, vm.power.children[0].pid]\n"
-            "wait_for('QEMU', vm.console_text, 60); print(json.dumps(pids), flush=True); time.sleep(60)"
+            "vm.switch_on(azure, 'panic=60')  # without a root it would soon switch itself off\n"
+            "print(json.dumps([lab.pid, azure.far, vm.power.children[0].pid]), flush=True); time.sleep(60)"
         )
         root = self.lab.path(os.path.basename(Machine.pristine(self.lab, self.release)))
         files = [glob.glob(f"{root}/boot/{name}*")[0] for name in ("vmlinuz", "initrd.img")]
@@ -131,7 +131,7 @@ class BullseyeCase(MachineCase):
         ) as process:
             assert process.stdout
             left = [f"/proc/{pid}/exe" for pid in json.loads(process.stdout.readline())]
-            test.assertTrue(os.readlink(left[-1]).endswith("/qemu-system-x86_64"))
+            wait_for("QEMU", lambda: os.readlink(left[-1]).endswith("/qemu-system-x86_64"), 10)
             process.kill()
         wait_for("the end of the machine", lambda: not any(map(os.path.exists, left)), 10)
 
