@@ -328,11 +328,12 @@ the_ssh_unit() {
 [Unit]
 Description=Make the SSH host keys that this machine lacks
 Documentation=man:ssh-keygen(1)
-# Before any unit that starts sshd. A socket is part of basic.target, which everything comes after by default.
+# Before any unit that starts sshd, and before Azure is told that one can log in. A socket is part of basic.target, which
+# everything comes after by default.
 DefaultDependencies=no
 Requires=local-fs.target
 After=local-fs.target
-Before=ssh.service sshd.service ssh.socket sshd.socket
+Before=ssh.service sshd.service ssh.socket sshd.socket azure-provisioning.service
 Conflicts=shutdown.target
 Before=shutdown.target
 # A file that a power cut left empty is no key.

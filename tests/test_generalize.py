@@ -439,7 +439,7 @@ class HostKeysTest(GeneralizeCase):
         for kind in ("rsa", "ecdsa", "ed25519"):
             self.assertIn(f"\nConditionFileNotEmpty=|!/etc/ssh/ssh_host_{kind}_key\n", text)
         self.assertIn("\nExecStart=/usr/bin/ssh-keygen -A\n", text)
-        self.assertIn("\nBefore=ssh.service sshd.service ssh.socket sshd.socket\n", text)
+        self.assertIn("\nBefore=ssh.service sshd.service ssh.socket sshd.socket azure-provisioning.service\n", text)
 
     def test_somebody_elses_unit_of_that_name_is_kept(self) -> None:
         self.write(SSH_UNIT, "[Service]\nExecStart=/bin/true\n")

@@ -129,6 +129,8 @@ class JourneyCase(Case):
         self.traces.add(machine_id)
         host_key = self.host_key(vm)
         test.assertNotIn(host_key, self.host_keys)
+        made = int(vm.show("ExecMainExitTimestampMonotonic", "azure-provisioning-ssh-keys.service"))
+        test.assertTrue(0 < made < int(vm.show("InactiveExitTimestampMonotonic")), "the host keys came after our start")
         self.host_keys.append(host_key)
         wait_for("sshd's banner", lambda: self.banner(vm, azure), 10 * vm.patience)
 
