@@ -112,7 +112,6 @@ class BullseyeCase(MachineCase):
         self.journey("ifupdown", "--user")
 
     def test_nothing_outlives_a_machine_whose_test_is_killed(self) -> None:
-        test: Any = self
         code = (
             "import json, sys, time; from tests.machine import *\n"
             "lab = Lab(); lab.root = lambda *_: lab.run('mkdir', WORK + '/root') and WORK + '/root'\n"
