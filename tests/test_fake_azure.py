@@ -1,5 +1,6 @@
 """The pretend Azure is as strict as Azure, and as unreliable as its script says."""
 
+import functools
 import http.client
 import json
 import select
@@ -369,7 +370,12 @@ class CommandLineTest(unittest.TestCase):
         command += ["--computer-name", "", "--admin-username", "alice", "--public-key", "a", "--public-key", "b"]
         command += ["--disable-password-authentication", "true", "--script", '{"imds": [{"status": 418}]}']
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, cwd=sandbox.REPOSITORY, universal_newlines=True
+            command,
+            stdout=subprocess.PIPE,
+            cwd=sandbox.REPOSITORY,
+            universal_newlines=True,
+            # A shell's job in the background, as this may be one of, ignores it.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         ) as process:
             assert process.stdout
             addresses = dict(process.stdout.readline().split(" at ") for _ in range(2))
