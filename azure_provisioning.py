@@ -443,6 +443,7 @@ class InstanceMetadata:
 COMMAND_LIMIT = 15.0  # seconds
 FILE_LIMIT = 1 << 22  # characters
 SELINUX_LABEL = "security.selinux"
+SELINUX = ("/sys/fs/selinux/enforce", "/etc/selinux/config")  # both are there where it is on and has a policy
 
 
 def run(*command: str, limit: float = COMMAND_LIMIT) -> str:
@@ -519,7 +520,7 @@ def replace_file(path: str, text: str, mode: int = 0o644) -> None:
 
 def restore_label(path: str) -> None:
     """Give path, and what is below it, the labels that it should have by SELinux's policy, where there is one."""
-    if os.path.exists("/sys/fs/selinux/enforce"):
+    if all(map(os.path.exists, SELINUX)):
         try:
             run("restorecon", "-R", path)
         except ProvisioningError as error:

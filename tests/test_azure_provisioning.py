@@ -828,10 +828,12 @@ class MachineTest(unittest.TestCase):
             restored.assert_called_once_with(os.path.realpath(directory) + "/new")
             self.assertEqual(os.stat(directory + "/new").st_mode & 0o7777, 0o644)
 
-    def test_labels_are_restored_where_selinux_is(self) -> None:
-        for there, outcome in ((False, None), (True, None), (True, ProvisioningError("restorecon: no"))):
+    def test_labels_are_restored_where_selinux_is_on_and_has_a_policy(self) -> None:
+        kernel, both = ["/sys/fs/selinux/enforce"], ["/sys/fs/selinux/enforce", "/etc/selinux/config"]
+        for files, outcome in (([], None), (kernel, None), (both, None), (both, ProvisioningError("restorecon: no"))):
+            there = files == both
             with ExitStack() as stack:
-                stack.enter_context(mock.patch.object(os.path, "exists", return_value=there))
+                stack.enter_context(mock.patch.object(os.path, "exists", side_effect=files.__contains__))
                 run = stack.enter_context(mock.patch.object(azure_provisioning, "run", side_effect=outcome))
                 log = stack.enter_context(mock.patch.object(azure_provisioning, "log"))
                 azure_provisioning.restore_label("/etc/new")
