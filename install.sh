@@ -344,7 +344,7 @@ ConditionFileNotEmpty=|!/etc/ssh/ssh_host_ed25519_key
 [Service]
 Type=oneshot
 # Or sshd and Ready would wait for as long as it hangs.
-TimeoutStartSec=90
+TimeoutStartSec=300
 ExecStart=/usr/bin/ssh-keygen -A
 # On the disk before anybody has seen them: a client that knows a key refuses another.
 ExecStart=/bin/sh -c 'exec sync /etc/ssh/ssh_host_*'

@@ -440,7 +440,7 @@ class HostKeysTest(GeneralizeCase):
             self.assertIn(f"\nConditionFileNotEmpty=|!/etc/ssh/ssh_host_{kind}_key\n", text)
         self.assertIn("\nExecStart=/usr/bin/ssh-keygen -A\n", text)
         self.assertIn("\nBefore=ssh.service sshd.service ssh.socket sshd.socket azure-provisioning.service\n", text)
-        self.assertIn("\nTimeoutStartSec=90\n", text)
+        self.assertIn("\nTimeoutStartSec=300\n", text)
 
     def test_somebody_elses_unit_of_that_name_is_kept(self) -> None:
         self.write(SSH_UNIT, "[Service]\nExecStart=/bin/true\n")
