@@ -26,6 +26,8 @@ MEBIBYTE = 1 << 20
 # UEFI with Secure Boot, as Azure's Trusted Launch has it, and Microsoft's keys; what it writes is not kept.
 FIRMWARE = ("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd", "/usr/share/OVMF/OVMF_VARS_4M.ms.fd")
 
+KERNEL_STARTED = re.compile("Run /init as init process|Kernel panic")
+
 
 def recipe() -> str:
     """Return the commands of the README's section."""
@@ -82,8 +84,16 @@ class Disk(VM):
             *("-drive", f"if=none,id=disk,format=vpc,file={self.image},snapshot=on"),
             *("-device", "virtio-scsi-pci", "-device", "scsi-hd,drive=disk"),
         )
-        self.power.start(*command, output=self.console, wrap=azure.enter())
-        return self
+        for _ in range(5):
+            self.power.start(*command, output=self.console, wrap=azure.enter())
+            wait_for("the kernel", lambda: KERNEL_STARTED.search(self.console_text()), 30 * self.patience)
+            # The disk is the product, and its kernel has the arguments that it has: see machine.KERNEL.
+            if machine.TIMER_PANIC not in self.console_text():
+                return self
+            self.cut_power()
+            os.ftruncate(self.console.fileno(), 0)
+            os.lseek(self.console.fileno(), 0, os.SEEK_SET)
+        raise AssertionError(machine.TIMER_PANIC)
 
     def is_on(self) -> bool:
         # Before that there is nobody to ask.

@@ -454,7 +454,7 @@ class VM:
         self.write(f"etc/systemd/network/00-{interface}.network", network)
 
     def systemctl(self, *arguments: str) -> str:
-        """Run systemctl on the disk, while the machine is off."""
+        """Run systemctl on the files of the disk, without systemd."""
         return self.lab.run("systemctl", "--root=" + self.root, *arguments, check=False).stdout
 
     # Its life.
