@@ -948,25 +948,25 @@ def as_user(user: "pwd.struct_passwd", action: "Callable[[], None]") -> None:
 
     Raises ProvisioningError with what action raised.
     """
-    try:
-        reading, writing = socket.socketpair()
-        child = os.fork()
-    except OSError as error:
-        raise ProvisioningError(f"become {user.pw_name}: {error}") from error
-    if child == 0:
+    with contextlib.ExitStack() as sockets:
         try:
-            signal.alarm(int(COMMAND_LIMIT))
-            os.initgroups(user.pw_name, user.pw_gid)
-            os.setgid(user.pw_gid)
-            os.setuid(user.pw_uid)
-            action()
-            os._exit(0)
-        except (OSError, ProvisioningError) as error:
-            writing.sendall(str(error).encode("utf-8", "backslashreplace")[:1000])
-        finally:
-            os._exit(1)
-    writing.close()
-    with reading:
+            reading, writing = map(sockets.enter_context, socket.socketpair())
+            child = os.fork()
+        except OSError as error:
+            raise ProvisioningError(f"become {user.pw_name}: {error}") from error
+        if child == 0:
+            try:
+                signal.alarm(int(COMMAND_LIMIT))
+                os.initgroups(user.pw_name, user.pw_gid)
+                os.setgid(user.pw_gid)
+                os.setuid(user.pw_uid)
+                action()
+                os._exit(0)
+            except (OSError, ProvisioningError) as error:
+                writing.sendall(str(error).encode("utf-8", "backslashreplace")[:1000])
+            finally:
+                os._exit(1)
+        writing.close()
         reading.settimeout(COMMAND_LIMIT + 1)
         try:
             failure = reading.recv(1000).decode("utf-8", "replace")
