@@ -76,6 +76,7 @@ class Machine(VM):
     )
     patience = 5.0
     cable = TAP
+    disk = kernel = initrd = ""  # until it is switched on for the first time
 
     @classmethod
     def pristine(cls, lab: Lab, release: str) -> str:
@@ -93,7 +94,6 @@ class Machine(VM):
         image: Optional["Machine"] = None,
     ) -> None:
         super().__init__(lab, release, client, install, image)
-        self.disk = self.kernel = self.initrd = ""
         self.questions = 0
         self.shell: Optional[socket.socket] = None
         self.heard = b""
@@ -106,7 +106,7 @@ class Machine(VM):
             self.disk = lab.path(self.name, "disk")
 
     def path(self, name: str) -> str:
-        if getattr(self, "disk", ""):
+        if self.disk:
             raise AssertionError(f"{name} is on the disk now")
         return super().path(name)
 
