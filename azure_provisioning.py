@@ -455,14 +455,18 @@ def run(*command: str, limit: float = COMMAND_LIMIT) -> str:
 
     asked = " ".join(command)
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process:
+            try:
+                output = process.communicate(timeout=limit)[0].decode("utf-8", "replace").strip()
+            except subprocess.TimeoutExpired as error:  # run() of Python 3.6 would then wait for its children
+                process.kill()
+                raise ProvisioningError(f"{asked}: no end within {limit:g} s") from error
+    except OSError as error:
         raise ProvisioningError(f"{asked}: {error}") from error
-    output = done.stdout.decode("utf-8", "replace").strip()
-    if done.returncode:
-        raise ProvisioningError(f"{asked}: exit status {done.returncode}: {output:.200}")
+    if process.returncode:
+        raise ProvisioningError(f"{asked}: exit status {process.returncode}: {output:.200}")
     return output
 
 
@@ -770,9 +774,7 @@ def publish_host_name(name: str, dry_run: bool = False) -> None:
             else:
                 log(INFO, f"published {name} by {renewal.by_hand}, after {time.monotonic() - started:.1f} s")
             return
-        trouble = (
-            f"{interface} has no address or no default route since {renewal.by_hand}; {trouble or 'it did not fail'}"
-        )
+        trouble = f"{interface} has no address or no default route after {trouble or renewal.by_hand}"
         if tries_left:
             log(WARNING, f"{trouble}; trying again")
         else:

@@ -70,7 +70,9 @@ uninstall() {
     done
     take_away_empty "$dropins"
     [ -z "$our_presets" ] || take_away_empty "$presets"
+    ! running || rm -f "$again" # or it would forget once more at shutdown
     reload
+    tell_if_no_ssh_keys
     say "uninstalled from ${root:-/}"
 }
 
@@ -275,7 +277,7 @@ enabled() {
             # shellcheck disable=SC2231 # it is a pattern
             for link in "$located"/$1; do
                 enabled=${link##*/}
-                if [ -L "$link" ] && unit_file "$enabled"; then
+                if [ -L "$link" ] && { unit_file "$enabled" || unit_file "${enabled%%@*}@.service"; }; then
                     return 0
                 fi
             done
@@ -386,7 +388,7 @@ is_ours() {
     case $(sed 1d "$1" | cksum) in
         '34648184 28179' | '2377438622 28169') return 0 ;; # its program, the first line of which names the Python
     esac
-    [ "$(tail -n 1 "$1" | tr -d '\000')" = "$(sed '$d' "$1" | last_line)" ]
+    [ "$(tail -n 1 "$1" | cksum)" = "$(sed '$d' "$1" | last_line | cksum)" ]
 }
 
 # put MODE PATH COMMAND: make what COMMAND prints, and our last line, the file PATH, unless it is so already.
@@ -396,7 +398,7 @@ put() {
     content=$("$3" && echo .)
     content=${content%.}
     content=$content$(printf %s "$content" | last_line)
-    if [ -L "$located" ] || [ ! -f "$located" ] || [ "$(tr -d '\000' <"$located")" != "$content" ]; then
+    if [ -L "$located" ] || [ ! -f "$located" ] || [ "$(cksum <"$located")" != "$(printf '%s\n' "$content" | cksum)" ]; then
         replace "$1" "$located" <<end
 $content
 end
@@ -434,7 +436,7 @@ take_away() {
     if [ ! -L "$located" ] && [ ! -e "$located" ]; then
         return
     fi
-    if is_our_link || { [ ! -L "$located" ] && [ -f "$located" ] && is_ours "$located"; }; then
+    if { [ "${1%/*}" = "$wants" ] && is_our_link; } || { [ ! -L "$located" ] && [ -f "$located" ] && is_ours "$located"; }; then
         rm "$located"
     elif [ -n "$force" ] && { [ -L "$located" ] || [ ! -d "$located" ]; }; then
         rm -f "$located"
@@ -581,12 +583,13 @@ blank() {
         replace 444 "$located" </dev/null
         forgot=yes
     fi
+    chmod 444 "$located"
 }
 
 # name PATH: the name that DHCP clients do not send, whatever systemd's name for the nameless is.
 name() {
     has -s "$1" && [ -f "$located" ] || return 0
-    if ! grep -qx localhost "$located"; then
+    if [ "$(cat "$located")" != localhost ]; then
         replace 644 "$located" <<end
 localhost
 end
@@ -636,6 +639,18 @@ tell_if_host_key() {
     if grep -Ei '^[[:space:]]*HostKey[[:space:]=]' "$located" | grep -qv '/etc/ssh/ssh_host_'; then
         say "left SSH host keys that every VM will have: $path names others than /etc/ssh/ssh_host_*"
     fi
+}
+
+# Of a system that is to live on.
+tell_if_no_ssh_keys() {
+    ssh_keys_are_ours_to_make || return 0
+    found=''
+    each /etc/ssh 'ssh_host_*_key' note_found
+    [ -n "$found" ] || say "left ${root:-/} without SSH host keys, which sshd does not start without: run ssh-keygen -A there"
+}
+
+note_found() {
+    found=yes
 }
 
 # running: whether the target system is the one that we run in.
@@ -757,7 +772,7 @@ check_link() {
 # Whether a VM made from this image would come up.
 
 check_installed() {
-    if ! unit_file "$unit" || ! runs "$program"; then
+    if ! unit_file "$unit" || ! runs "$program" || ! has -s "$program"; then
         object "azure-provisioning is not installed in ${root:-/}, or masked: run install.sh first"
     fi
 }
@@ -769,12 +784,19 @@ check_network_is_for_every_vm() {
         "match 'Driver=hv_netvsc'"
     bound /etc/systemd/network '*.link' "^[[:space:]]*(Permanent)?MACAddress[[:space:]]*=[[:space:]]*$hex" \
         "match 'Driver=hv_netvsc', or remove it"
-    bound /etc/NetworkManager/system-connections '*' "^(cloned-)?mac-address=${hex}[:-]" 'remove the line'
+    locate /etc/systemd/network && for directory in "$located"/*.network.d "$located"/*.link.d; do
+        bound "/etc/systemd/network/${directory##*/}" '*.conf' \
+            "^[[:space:]]*(Permanent)?MACAddress[[:space:]]*=[[:space:]]*$hex" 'remove the line'
+    done
+    # Either hexadecimal or, in older files, decimal.
+    bound /etc/NetworkManager/system-connections '*' \
+        "^[[:space:]]*(cloned-)?mac-address[[:space:]]*=[[:space:]]*(${hex}[:-]|[0-9]+;)" 'remove the line'
     bound /etc/sysconfig/network-scripts 'ifcfg-*' "^[[:space:]]*(HWADDR|MACADDR)=[\"']?$hex" 'remove the line'
     bound /etc/sysconfig/network 'ifcfg-*' "^[[:space:]]*(HWADDR|LLADDR)=[\"']?$hex" 'remove the line'
-    bound /etc/network interfaces "^[[:space:]]*hwaddress[[:space:]].*$hex:" 'remove the line'
-    bound /etc/network/interfaces.d '*' "^[[:space:]]*hwaddress[[:space:]].*$hex:" 'remove the line'
-    bound /etc/udev/rules.d '*.rules' "^[^#]*ATTRS?[{]address[}]==.*NAME=" 'remove the line'
+    bound /etc/network interfaces "^[[:space:]]*hwaddress[[:space:]].*${hex}[:-]" 'remove the line'
+    bound /etc/network/interfaces.d '*' "^[[:space:]]*hwaddress[[:space:]].*${hex}[:-]" 'remove the line'
+    address='ATTRS?[{]address[}]==' name='NAME:?="'
+    bound /etc/udev/rules.d '*.rules' "^[^#]*($address.*$name|$name.*$address)" 'remove the line'
 }
 
 # bound DIR PATTERN REGEX REMEDY: object to each file of DIR that has a line like REGEX.
@@ -904,6 +926,10 @@ if [ "$(id -u)" != 0 ]; then
     refuse 'this needs root'
     exit 1
 fi
+for tool in cksum find grep mktemp readlink sed tail truncate; do
+    command -v "$tool" >/dev/null || refuse "this machine has no $tool"
+done
+[ -z "$refused" ] || exit 1
 if [ -n "$root" ]; then
     case $root in /*) ;; *) root=./$root ;; esac # for cd, - and -P are no directories
     if [ ! -d "$root" ]; then

@@ -750,11 +750,13 @@ class MachineTest(unittest.TestCase):
 
     def test_a_program_is_not_waited_for_without_end(self) -> None:
         started = time.monotonic()
-        timed_out = self.assertRaisesRegex(ProvisioningError, "^sleep 60: .*timed out after 0.2 seconds")
-        with timed_out:
-            azure_provisioning.run("sleep", "60", limit=0.2)
+        for code in ("exec sleep 60", "sleep 60 & wait"):  # the latter's child keeps the output open
+            timed_out = self.assertRaisesRegex(ProvisioningError, f"^sh -c {code}: no end within 0.2 s$")
+            with timed_out:
+                azure_provisioning.run("sh", "-c", code, limit=0.2)
         self.assertLess(time.monotonic() - started, 5)
         self.assertEqual(azure_provisioning.COMMAND_LIMIT, 15)
+        self.assertEqual(azure_provisioning.run.__kwdefaults__, {"limit": azure_provisioning.COMMAND_LIMIT})
 
     def test_a_program_that_fails_or_is_missing_is_one_line(self) -> None:
         with self.assertRaisesRegex(ProvisioningError, r"^sh -c echo no; exit 3: exit status 3: no$"):
@@ -958,7 +960,7 @@ class PublishTest(Case):
         self.assertLess(self.clock.monotonic() - before, tries * (azure_provisioning.RENEWAL_LIMIT + 1))
         self.assertEqual(self.levels, [azure_provisioning.WARNING] * (tries - 1) + [level], self.lines)
         for line in self.lines[:-1]:
-            self.assertRegex(line, "^eth7 has no address or no default route since .*; trying again$")
+            self.assertRegex(line, "^eth7 has no address or no default route after .*; trying again$")
         self.assertRegex(self.lines[-1], pattern)
 
     def test_it_waits_for_the_new_lease(self) -> None:
@@ -999,7 +1001,7 @@ class PublishTest(Case):
 
     def test_a_network_that_stays_away_is_an_error_that_says_what_was_run(self) -> None:
         self.at_pause(1, interface="")
-        self.publish(azure_provisioning.ERROR, "^eth7 has no address .* since renew eth7; ", tries=3)
+        self.publish(azure_provisioning.ERROR, "^eth7 has no address .* after renew eth7; for ", tries=3)
         self.assertGreater(sum(self.clock.pauses), 3 * 7)
         self.assertEqual(self.asked, 3)
 
@@ -1008,7 +1010,7 @@ class PublishTest(Case):
         self.address = False
         self.publish(
             azure_provisioning.ERROR,
-            "^eth7 has no .* since renew eth7; renew eth7: exit status 3: no; for other machines",
+            "^eth7 has no .* after renew eth7: exit status 3: no; for other machines",
             tries=3,
         )
 
@@ -1018,7 +1020,7 @@ class PublishTest(Case):
             self.address = self.asked == 2
             if not self.address:
                 self.clock.skipped += azure_provisioning.RENEWAL_LIMIT
-                raise ProvisioningError("renew eth7: timed out")
+                raise ProvisioningError("renew eth7: no end within 8 s")
 
         self.renewal = Renewal("renew", "eth7", ask=stuck)
         self.publish(azure_provisioning.INFO, r"^published web-01 by renew eth7, after 8\.", tries=2)

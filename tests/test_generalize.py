@@ -176,6 +176,16 @@ class ForgetTest(GeneralizeCase):
         self.use()
         self.assertIn("forgot /etc/hostname", self.check_generalized())
 
+    def test_a_host_name_beside_localhost_is_forgotten(self) -> None:
+        self.write("etc/hostname", "builder\nlocalhost\n")
+        self.check_generalized()
+
+    def test_an_empty_machine_id_can_be_read_by_all(self) -> None:
+        self.write("etc/machine-id")
+        os.chmod(self.path("etc/machine-id"), 0o600)
+        self.check_generalized()
+        self.assertEqual(self.tree()["etc/machine-id"][0], 0o100444)
+
     def test_a_machine_id_that_means_first_boot_is_emptied(self) -> None:
         for text in ("uninitialized\n", None):
             with self.subTest(text):
@@ -285,8 +295,13 @@ class ForgetTest(GeneralizeCase):
             sh "$0" --generalize --force >/dev/null 2>&1 || exit
             [ ! -e /root/.bash_history ] || exit
             echo again >/root/.bash_history
-            eval "$(sed -n 's/^ExecStop=//p' /run/systemd/system/azure-provisioning-forget.service)"
+            at_shutdown=$(sed -n 's/^ExecStop=//p' /run/systemd/system/azure-provisioning-forget.service)
+            eval "$at_shutdown"
             cat /run/calls
+            sh "$0" --uninstall >/dev/null
+            echo kept >/root/.bash_history
+            eval "$at_shutdown" 2>/dev/null
+            cat /root/.bash_history
             """
         )
         self.assertEqual((done.returncode, done.stderr), (0, ""), done)
@@ -298,6 +313,7 @@ class ForgetTest(GeneralizeCase):
                 "systemctl start azure-provisioning-forget.service",
                 "journalctl --relinquish-var",
                 "journalctl --relinquish-var",
+                "kept",
             ],
         )
 
@@ -448,8 +464,12 @@ class HostKeysTest(GeneralizeCase):
 
     def test_uninstall_takes_it_away(self) -> None:
         self.check_generalized()
-        self.assertEqual(self.install("--uninstall").returncode, 0)
+        done = self.install("--uninstall")
+        self.assertEqual(done.returncode, 0, done)
         self.assertEqual({SSH_UNIT, SSH_WANTS, PROGRAM, UNIT} & set(self.tree()), set())
+        self.assertRegex(done.stdout, "(?m)^left .* without SSH host keys, .*: run ssh-keygen -A there$")
+        self.write("etc/ssh/ssh_host_ed25519_key", "made again\n")
+        self.assertNotIn("left", self.install("--uninstall").stdout)
 
 
 class NoImageTest(GeneralizeCase):
@@ -469,6 +489,14 @@ class NoImageTest(GeneralizeCase):
             ("etc/network/interfaces", f"iface eth0 inet dhcp\n  hwaddress ether {mac}\n"),
             ("etc/network/interfaces.d/eth0", f"iface eth0 inet dhcp\n  hwaddress {mac}\n"),
             ("etc/udev/rules.d/70-persistent-net.rules", f'SUBSYSTEM=="net", ATTR{{address}}=="{mac}", NAME="eth0"\n'),
+            ("etc/systemd/network/10-a.network.d/mac.conf", f"[Match]\nMACAddress={mac}\n"),
+            ("etc/systemd/network/10-a.link.d/mac.conf", f"[Match]\nPermanentMACAddress={mac}\n"),
+            ("etc/NetworkManager/system-connections/y", f"[ethernet]\nmac-address = {mac}\n"),
+            ("etc/NetworkManager/system-connections/z", "[802-3-ethernet]\nmac-address=0;13;58;18;52;86;\n"),
+            ("etc/network/interfaces", f"iface eth0 inet dhcp\n  hwaddress ether {mac.replace(':', '-')}\n"),
+            ("etc/network/interfaces.d/eth1", f"iface eth0 inet dhcp\n  hwaddress {mac.replace(':', '-')}\n"),
+            ("etc/udev/rules.d/71.rules", f'SUBSYSTEM=="net", NAME:="eth0", ATTR{{address}}=="{mac}"\n'),
+            ("etc/udev/rules.d/72.rules", f'SUBSYSTEM=="net", ATTRS{{address}}=="{mac}", NAME:="eth0"\n'),
         ):
             with self.subTest(name):
                 self.write(name, text)
@@ -489,6 +517,7 @@ class NoImageTest(GeneralizeCase):
             ("etc/netplan/50.yaml", "ethernets:\n  eth0:\n    match: {driver: hv_netvsc}\n    # macaddress: 00:0d\n"),
             ("etc/systemd/network/b.network", "[Match]\nName=eth0\n#MACAddress=00:0d:3a:12:34:56\n"),
             ("etc/systemd/network/c.link", "[Match]\nDriver=hv_netvsc\n[Link]\nMACAddressPolicy=persistent\n"),
+            ("etc/systemd/network/d.netdev.d/x.conf", "[NetDev]\nMACAddress=00:0d:3a:12:34:56\n"),
             ("etc/systemd/network/d.netdev", "[NetDev]\nName=br0\nMACAddress=00:0d:3a:12:34:56\n"),
             ("etc/NetworkManager/system-connections/x", "[ethernet]\ncloned-mac-address=preserve\n"),
             ("etc/network/interfaces", "iface eth0 inet dhcp\n  hwaddress random\n"),
@@ -510,6 +539,7 @@ class NoImageTest(GeneralizeCase):
             ("networking.service", "etc/network/interfaces", "source-directory /run/network/interfaces.d\n"),
             ("networking.service", "etc/network/interfaces.d/x", "auto eth0\niface eth0 inet static\n"),
             ("dhcpcd.service", "", ""),
+            ("dhcpcd@.service", "", ""),
             ("systemd-networkd.service", "usr/local/lib/systemd/network/x.network", "[Network]\nAddress=10.0.0.4/24\n"),
             ("systemd-networkd.service", "usr/lib/systemd/network/zz.network", "[Network]\nDHCP=ipv4\n"),
         ):
@@ -517,6 +547,9 @@ class NoImageTest(GeneralizeCase):
                 self.no_network()
                 os.unlink(self.path(NETWORK))
                 self.unit(unit)
+                if "@" in unit:
+                    wants = self.path("etc/systemd/system/multi-user.target.wants/")
+                    os.rename(wants + unit, wants + unit.replace("@", "@eth0"))
                 if name:
                     self.check_refused("nothing that is enabled in", "--generalize")
                     self.write(name, text)
@@ -566,10 +599,11 @@ class NoImageTest(GeneralizeCase):
 
     def test_not_installed(self) -> None:
         for name in (UNIT, PROGRAM):
-            with self.subTest(name):
-                self.setUp()
-                os.unlink(self.path(name))
-                self.check_is_no_image("azure-provisioning is not installed in")
+            for left in (os.unlink, lambda path: os.truncate(path, 0)):
+                with self.subTest(name):
+                    self.setUp()
+                    left(self.path(name))
+                    self.check_is_no_image("azure-provisioning is not installed in")
 
     def test_a_disk_that_not_every_vm_has(self) -> None:
         for line, refused in (

@@ -565,6 +565,27 @@ class OthersTest(InstallCase):
                     self.write(name, edit.format(text))
                     self.check_refused_but_for_force("somebody changed /" + name)
 
+    def test_what_a_power_cut_left_of_a_file_is_not_taken_for_ours(self) -> None:
+        for name in (PROGRAM, UNIT, PRESET):
+            for place in (slice(9, 9), slice(-9, -9), slice(-9, None), slice(1 << 20, None)):
+                with self.subTest(name, place=place):
+                    self.setUp()
+                    self.check_installed()
+                    text = [*str(self.tree()[name][1])]
+                    text[place] = "\0" * 9
+                    self.write(name, "".join(text))
+                    self.check_refused_but_for_force("somebody changed /" + name)
+
+    def test_a_machine_without_a_tool_is_refused(self) -> None:
+        tools = self.directory + "/tools"
+        os.mkdir(tools)
+        for tool in ("cat", "find", "grep", "id", "mktemp", "readlink", "sed", "sh", "tail", "truncate", "tr"):
+            os.symlink(str(shutil.which(tool)), f"{tools}/{tool}")
+        for action in ([], ["--uninstall"]):
+            done = self.install(*action, shell=("env", "PATH=" + tools, "sh"))
+            self.assertEqual((done.returncode, done.stdout), (1, ""))
+            self.assertEqual(done.stderr, "install.sh: this machine has no cksum; nothing was changed\n")
+
     def test_a_mask_is_refused(self) -> None:
         self.check_installed()
         os.unlink(self.path(UNIT))
@@ -616,6 +637,12 @@ class OthersTest(InstallCase):
         for name in OURS:
             self.assertIn(f"took away /{name}, ", done.stderr)
         self.assertEqual(OURS & set(self.tree()), set())
+
+    def test_uninstall_leaves_a_link_in_place_of_a_unit(self) -> None:
+        self.link("/opt/mine/azure-provisioning.service", UNIT)
+        done = self.install("--uninstall")
+        self.assertIn(f"left /{UNIT}, ", done.stderr)
+        self.assertIn(UNIT, self.tree())
 
     def test_uninstall_leaves_a_directory_that_has_the_name_of_a_file(self) -> None:
         for name in OURS:
