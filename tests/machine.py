@@ -179,7 +179,7 @@ class Machine(VM):
         heard = self.hear(rb"# \Z", 30 * self.patience)
         if heard:
             self.shell.sendall(f"exec sh -c {shlex.quote(ANSWER)}\n".encode())
-            heard = self.hear(rb"\nA 0\n", 30)
+            heard = self.hear(rb"\nA 0\n", 10 * self.patience)
         if not heard:
             seconds = time.monotonic() - self.switched_on
             end = self.console_text()[-2000:]

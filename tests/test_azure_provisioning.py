@@ -1001,9 +1001,14 @@ class PublishTest(Case):
 
     def test_a_network_that_stays_away_is_an_error_that_says_what_was_run(self) -> None:
         self.at_pause(1, interface="")
-        self.publish(azure_provisioning.ERROR, "^eth7 has no address .* after renew eth7; for ", tries=3)
+        self.publish(azure_provisioning.ERROR, "^eth7 has no address .* after renew eth7: no new lease; for ", tries=3)
         self.assertGreater(sum(self.clock.pauses), 3 * 7)
         self.assertEqual(self.asked, 3)
+
+    def test_a_network_that_stays_away_after_a_command_that_did_not_fail(self) -> None:
+        self.renewal = Renewal("renew", "eth7", ask=self.ask)
+        self.address = False
+        self.publish(azure_provisioning.ERROR, "^eth7 has no address .* after renew eth7; for ", tries=3)
 
     def test_a_network_that_a_failing_command_took_away_is_an_error_that_says_what_failed(self) -> None:
         self.outcome = ProvisioningError("renew eth7: exit status 3: no")
@@ -1170,7 +1175,9 @@ class NetworkTest(Case):
                     assert renewal
                     renewal.ask()
                 ask.assert_called_once_with(f"/run/dhcpcd/{prefix}sock", "eth0")
-            azure_provisioning.ask_dhcpcd(directory + "/sock", "eth0")
+            with mock.patch.object(socket.socket, "settimeout") as settimeout:
+                azure_provisioning.ask_dhcpcd(directory + "/sock", "eth0")
+            settimeout.assert_called_once_with(azure_provisioning.RENEWAL_LIMIT)
             with server.accept()[0] as connection:
                 self.assertEqual(connection.recv(99), b"dhcpcd\0-N\0eth0\0")
             with self.assertRaisesRegex(ProvisioningError, "ask /no/sock to renew eth0: .*No such file"):

@@ -88,9 +88,11 @@ class JourneyCase(Case):
 
     def look_at_image(self, image: VM) -> None:
         """Remember what VMs made from image must not have, and what they must: the units that it has enabled."""
+        test: Any = self
         self.traces = {BUILDER, SECRET, image.read("etc/machine-id").strip()}
         self.host_keys = [self.host_key(image)]
         self.enabled = self.enabled_units(image)
+        test.assertIn("ssh.service", self.enabled)
 
     @staticmethod
     def enabled_units(vm: VM) -> Set[str]:

@@ -75,13 +75,26 @@ class ReadmeTest(unittest.TestCase):
             self.assertIn("SystemCallFilter=@system-service ", file.read())
         self.assertIn("systemd 239 or later", self.text)
 
-    def test_what_it_says_of_the_names_and_limits_is_the_modules(self) -> None:
-        self.assertEqual(azure_provisioning.ANSWER_LIMIT, 1 << 20)
-        limits = azure_provisioning.ATTEMPT_LIMIT, azure_provisioning.LONGEST_PAUSE, azure_provisioning.OLD_IMDS_AFTER
-        self.assertEqual(limits, (10, 5, 10))
-        limits = azure_provisioning.COMMAND_LIMIT, azure_provisioning.RENEWAL_LIMIT, azure_provisioning.RENEWAL_TRIES
-        self.assertEqual(limits, (15, 8, 3))
-        self.assertEqual((azure_provisioning.FIRST_PAUSE, azure_provisioning.LONGEST_RETRY_AFTER), (0.25, 30))
+    def test_the_limits_that_it_names_are_those_that_hold(self) -> None:
+        module = azure_provisioning
+        minutes = {120: "two minutes", 300: "five minutes"}
+        pauses = {0.25: "a quarter of a second"}
+        with open(os.path.join(sandbox.REPOSITORY, "install.sh"), encoding="utf-8") as file:
+            host_keys = re.findall("(?m)^TimeoutStartSec=(.*)", file.read())
+        self.assertEqual((module.ANSWER_LIMIT, module.RENEWAL_TRIES, len(host_keys)), (1 << 20, 3, 1))
+        said = " ".join(self.text.split())
+        for sentence in (
+            f"never waits on IMDS for more than {minutes[int(module.IMDS_TIMEOUT)]}, nor on any command for more than "
+            f"{module.COMMAND_LIMIT:g} s, nor on a lease for more than {module.RENEWAL_LIMIT:g} (three times that ",
+            f"nor on SSH host keys for more than {minutes[int(host_keys[0])]} (",
+            f"One try takes {module.ATTEMPT_LIMIT:g} s at most and 1 MiB of each answer. Pauses start at "
+            f"{pauses[module.FIRST_PAUSE]}, double up to {module.LONGEST_PAUSE:g} s, vary by chance, and honour "
+            f"`Retry-After` up to {module.LONGEST_RETRY_AFTER:g} s.",
+            f"refuses the document with 400 for {module.OLD_IMDS_AFTER:g} s",
+            f"it keeps trying for {module.WIRESERVER_TIMEOUT / 60:g} minutes",
+            "it is asked up to three times",
+        ):
+            self.assertIn(sentence, said)
 
     def test_the_messages_that_it_explains_are_the_modules(self) -> None:
         with open(sandbox.PROGRAM, encoding="utf-8") as file:

@@ -26,7 +26,7 @@ MEBIBYTE = 1 << 20
 # UEFI with Secure Boot, as Azure's Trusted Launch has it, and Microsoft's keys; what it writes is not kept.
 FIRMWARE = ("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd", "/usr/share/OVMF/OVMF_VARS_4M.ms.fd")
 
-KERNEL_STARTED = re.compile("Run /init as init process|Kernel panic")
+KERNEL_STARTED = re.compile(r"Run /init as init process|Kernel panic.*\n")
 
 
 def recipe() -> str:
@@ -86,9 +86,9 @@ class Disk(VM):
         )
         for _ in range(5):
             self.power.start(*command, output=self.console, wrap=azure.enter())
-            wait_for("the kernel", lambda: KERNEL_STARTED.search(self.console_text()), 30 * self.patience)
+            said = wait_for("the kernel", lambda: KERNEL_STARTED.search(self.console_text()), 30 * self.patience)
             # The disk is the product, and its kernel has the arguments that it has: see machine.KERNEL.
-            if machine.TIMER_PANIC not in self.console_text():
+            if machine.TIMER_PANIC not in said.group():
                 return self
             self.cut_power()
             os.ftruncate(self.console.fileno(), 0)
