@@ -43,6 +43,7 @@ class JourneyCase(Case):
 
     vm: Type[VM] = Image
     tools: Sequence[str] = (*container.TOOLS, "ssh", "ssh-keygen")
+    sshd = "ssh.service"  # what starts it
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -75,6 +76,8 @@ class JourneyCase(Case):
         image.write("etc/hosts", f"127.0.0.1 localhost\n127.0.1.1 {BUILDER}\n")
         idle = "[Service]\nExecStart=sleep 99\n[Install]\nWantedBy=basic.target\n"
         image.write("etc/systemd/system/idle.service", idle)
+        image.systemctl("disable", "ssh.service", "ssh.socket")
+        image.systemctl("enable", self.sshd)
         # What other agents, and the builder, leave behind.
         for name in (
             "var/lib/waagent/ovf-env.xml",
@@ -92,7 +95,7 @@ class JourneyCase(Case):
         self.traces = {BUILDER, SECRET, image.read("etc/machine-id").strip()}
         self.host_keys = [self.host_key(image)]
         self.enabled = self.enabled_units(image)
-        test.assertIn("ssh.service", self.enabled)
+        test.assertIn(self.sshd, self.enabled)
 
     @staticmethod
     def enabled_units(vm: VM) -> Set[str]:
@@ -213,6 +216,13 @@ class ContainerJourneyCase(JourneyCase):
 
     def test_from_a_used_machine_to_a_login_with_ifupdown(self) -> None:
         self.journey("ifupdown", "--user")
+
+    def test_from_a_used_machine_to_a_login_with_a_socket_that_starts_sshd(self) -> None:
+        self.sshd = "ssh.socket"
+        with ExitStack() as stack:
+            image = stack.enter_context(self.make_image("networkd", "--user"))
+            vm = stack.enter_context(self.vm(self.lab, self.release, image=image))
+            self.provision(vm, "web-01", login=True)
 
     def test_an_image_without_the_step_user_has_no_user(self) -> None:
         test: Any = self
