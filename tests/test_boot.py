@@ -15,7 +15,7 @@ from typing import Any, List, Optional
 
 from tests import container, sandbox
 from tests.container import Container
-from tests.vm import IMAGE_NAME, ROUTER, UNIT, Azure, Case, cases, explained, wait_for
+from tests.vm import HANGING, IMAGE_NAME, ROUTER, UNIT, Azure, Case, cases, explained, wait_for
 
 VARIABLE = "AZURE_PROVISIONING_BOOT"
 WANTED = os.environ.get(VARIABLE, "")
@@ -26,11 +26,11 @@ ExecStart=/usr/local/sbin/azure-provisioning --timeout 6
 ExecStart=+/bin/systemctl disable --no-reload {UNIT}
 """
 
-# A dhclient that hangs when it is started for the second time, by us. Debian 11's does that by itself, now and then.
+# A dhclient that hangs in one of its starts: the second is by us. Debian 11's does that by itself, now and then.
 HANGING_DHCLIENT = """#!/bin/sh
 case " $* " in *" -r "*) exec /sbin/dhclient.real "$@" ;; esac
 echo >>/run/starts
-[ "$(wc -l </run/starts)" != 2 ] || exec sleep 1000
+[ "$(wc -l </run/starts)" != %d ] || exec sleep 1000
 exec /sbin/dhclient.real "$@"
 """
 
@@ -220,9 +220,7 @@ class BootCase(Case):
     def test_a_dhcp_client_that_hangs_without_a_network_is_asked_again(self) -> None:
         test: Any = self
         with Azure(self.lab) as azure, Container(self.lab, self.release, "ifupdown") as vm, explained(vm, azure):
-            os.rename(vm.path("sbin/dhclient"), vm.path("sbin/dhclient.real"))
-            vm.write("sbin/dhclient", HANGING_DHCLIENT)
-            os.chmod(vm.path("sbin/dhclient"), 0o755)
+            self.hang(vm, 2)
             azure.start_network().start()
             vm.boot(azure)
             self.check_provisioned(vm, azure)
@@ -230,6 +228,22 @@ class BootCase(Case):
             lost = "eth0 has no address or no default route after systemctl restart networking.service: "
             test.assertEqual(vm.unit_journal().count(lost), 1)
             test.assertIn("no end within 8 s; trying again\n", vm.unit_journal())
+
+    def test_a_dhcp_client_that_hangs_in_the_boot_is_started_again_by_the_drop_in_of_the_readme(self) -> None:
+        with Azure(self.lab) as azure, Container(self.lab, self.release, "ifupdown") as vm, explained(vm, azure):
+            vm.write(f"etc/systemd/system/{HANGING[0]}.d/hanging.conf", HANGING[1])
+            self.hang(vm, 1)
+            azure.start_network().start()
+            vm.boot(azure)
+            wait_for("Ready", azure.reports, 60)
+            self.check_provisioned(vm, azure)
+            self.check_published(vm, azure)
+
+    def hang(self, vm: Container, start: int) -> None:
+        """Have the DHCP client of vm hang in that of its starts."""
+        os.rename(vm.path("sbin/dhclient"), vm.path("sbin/dhclient.real"))
+        vm.write("sbin/dhclient", HANGING_DHCLIENT % start)
+        os.chmod(vm.path("sbin/dhclient"), 0o755)
 
     def test_no_default_route(self) -> None:
         test: Any = self
