@@ -831,8 +831,10 @@ class MachineTest(unittest.TestCase):
             self.assertEqual(os.stat(directory + "/new").st_mode & 0o7777, 0o644)
 
     def test_labels_are_restored_where_selinux_is_on_and_has_a_policy(self) -> None:
-        kernel, both = ["/sys/fs/selinux/enforce"], ["/sys/fs/selinux/enforce", "/etc/selinux/config"]
-        for files, outcome in (([], None), (kernel, None), (both, None), (both, ProvisioningError("restorecon: no"))):
+        kernel, policy = "/sys/fs/selinux/enforce", "/etc/selinux/config"
+        both = [kernel, policy]
+        missing = ProvisioningError("restorecon: no")
+        for files, outcome in (([], None), ([kernel], None), ([policy], None), (both, None), (both, missing)):
             there = files == both
             with ExitStack() as stack:
                 stack.enter_context(mock.patch.object(os.path, "exists", side_effect=files.__contains__))

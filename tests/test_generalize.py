@@ -146,7 +146,8 @@ class ForgetTest(GeneralizeCase):
 
     def test_a_home_is_found_wherever_passwd_has_it_and_in_a_last_line_without_an_end(self) -> None:
         self.write("etc/passwd", "a:x:1:1::/home/people/a:\nb:x:1:1::/home/.b:\nc:x:1:1::/srv/c")
-        histories = {name + "/.bash_history" for name in ("home/people/a", "home/.b", "srv/c")}
+        # The last is of somebody whom a directory service knows.
+        histories = {name + "/.bash_history" for name in ("home/people/a", "home/.b", "srv/c", "home/d")}
         for name in histories:
             self.write(name, "the builder's")
         self.check_generalized()
@@ -673,6 +674,8 @@ class LeftTest(GeneralizeCase):
         self.assertEqual(self.left(), [])
         self.write("etc/ssh/sshd_config.d/x.conf", "hostkey /srv/key\n")
         self.assertRegex(self.left()[0], "left SSH host keys that every VM will have: /etc/ssh/sshd_config.d/x.conf")
+        self.write("etc/ssh/sshd_config", "HostKey /srv/key\n")
+        self.assertRegex(self.left()[0], "left SSH host keys that every VM will have: /etc/ssh/sshd_config names")
 
     def test_names_cannot_command_the_terminal(self) -> None:
         self.write("etc/passwd", "a\x1b[2Jb:hash:1000:1000::/home/alice:/bin/sh\n")

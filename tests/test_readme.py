@@ -60,7 +60,7 @@ class ReadmeTest(unittest.TestCase):
 
     def test_every_option_of_the_installer_is_told(self) -> None:
         usage = subprocess.run(
-            ["sh", os.path.join(sandbox.REPOSITORY, "install.sh"), "--help"],
+            ["sh", os.path.join(sandbox.REPOSITORY, "install.sh"), "--root", "/no/such/image", "--help"],
             stdout=subprocess.PIPE,
             encoding="utf-8",
             check=True,
