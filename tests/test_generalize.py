@@ -180,6 +180,7 @@ class ForgetTest(GeneralizeCase):
     def test_a_host_name_beside_localhost_is_forgotten(self) -> None:
         self.write("etc/hostname", "builder\nlocalhost\n")
         self.check_generalized()
+        self.assertEqual(self.tree()["etc/hostname"][1], "localhost\n")
 
     def test_an_empty_machine_id_can_be_read_by_all(self) -> None:
         self.write("etc/machine-id")
