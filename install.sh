@@ -255,8 +255,8 @@ runs() {
 
 # Units in the target system.
 
-# unit_file NAME: set located to what the target system would read as the unit NAME, or fail: there is none, or it is
-# masked, by an empty file or a link to /dev/null, and so to no regular file.
+# unit_file NAME: set located to what the target system would read as the unit NAME, be it the template of an instance,
+# or fail: there is none, or it is masked, by an empty file or a link to /dev/null, and so to no regular file.
 unit_file() {
     for directory in $unit_path; do
         place "$directory/$1" || continue
@@ -265,7 +265,10 @@ unit_file() {
             return
         fi
     done
-    return 1
+    case $1 in
+        *@?*.service) unit_file "${1%%@*}@.service" ;;
+        *) return 1 ;;
+    esac
 }
 
 # enabled PATTERN: set enabled to the name of a unit that is enabled and fits, or fail.
@@ -277,7 +280,7 @@ enabled() {
             # shellcheck disable=SC2231 # it is a pattern
             for link in "$located"/$1; do
                 enabled=${link##*/}
-                if [ -L "$link" ] && { unit_file "$enabled" || unit_file "${enabled%%@*}@.service"; }; then
+                if [ -L "$link" ] && unit_file "$enabled"; then
                     return 0
                 fi
             done
@@ -780,13 +783,11 @@ check_installed() {
 check_network_is_for_every_vm() {
     hex='[0-9A-Fa-f][0-9A-Fa-f]'
     bound /etc/netplan '*.yaml' "^[^#]*macaddress[\"']?[[:space:]]*:" "match 'driver: hv_netvsc'"
-    bound /etc/systemd/network '*.network' "^[[:space:]]*(Permanent)?MACAddress[[:space:]]*=[[:space:]]*$hex" \
-        "match 'Driver=hv_netvsc'"
-    bound /etc/systemd/network '*.link' "^[[:space:]]*(Permanent)?MACAddress[[:space:]]*=[[:space:]]*$hex" \
-        "match 'Driver=hv_netvsc', or remove it"
+    networkds="^[[:space:]]*(Permanent)?MACAddress[[:space:]]*=[[:space:]]*$hex"
+    bound /etc/systemd/network '*.network' "$networkds" "match 'Driver=hv_netvsc'"
+    bound /etc/systemd/network '*.link' "$networkds" "match 'Driver=hv_netvsc', or remove it"
     locate /etc/systemd/network && for directory in "$located"/*.network.d "$located"/*.link.d; do
-        bound "/etc/systemd/network/${directory##*/}" '*.conf' \
-            "^[[:space:]]*(Permanent)?MACAddress[[:space:]]*=[[:space:]]*$hex" 'remove the line'
+        bound "/etc/systemd/network/${directory##*/}" '*.conf' "$networkds" 'remove the line'
     done
     # Either hexadecimal or, in older files, decimal.
     bound /etc/NetworkManager/system-connections '*' \

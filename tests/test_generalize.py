@@ -581,6 +581,11 @@ class NoImageTest(GeneralizeCase):
         self.setUp()
         os.unlink(self.path("usr/lib/systemd/system/systemd-networkd.service"))
         self.check_is_no_image("nothing that is enabled in")
+        self.no_network()
+        self.write("usr/lib/systemd/system/dhcpcd@.service", "[Service]\nExecStart=/bin/true\n")
+        self.link("/usr/lib/systemd/system/dhcpcd@.service", os.path.dirname(WANTS) + "/dhcpcd@eth0.service")
+        self.link("/dev/null", "etc/systemd/system/dhcpcd@eth0.service")
+        self.check_is_no_image("nothing that is enabled in")
 
     def test_another_agent(self) -> None:
         self.unit("waagent.service")
