@@ -9,13 +9,14 @@ distribution brings, and either root or a kernel that allows user namespaces to 
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, TextIO
 
 from tests.fake_azure import IMDS, WIRESERVER, FakeAzure, add_vm_arguments, from_arguments
 
@@ -34,6 +35,11 @@ DENIED = (
     "user namespaces are not allowed to this user here: run it as root, or allow them "
     "(sysctl kernel.unprivileged_userns_clone=1 or, on Ubuntu, kernel.apparmor_restrict_unprivileged_userns=0)"
 )
+
+
+# How root runs a command as somebody who may not do what root may, but read what root may: a checkout may be in /root.
+READING = "-all,+dac_read_search"
+ORDINARY_USER = ("setpriv", "--reuid=65534", "--clear-groups", "--inh-caps=" + READING, "--ambient-caps=" + READING)
 
 
 class SandboxError(Exception):
@@ -77,6 +83,22 @@ def unshare_command(*kinds: str) -> List[str]:
         advice = DENIED if os.geteuid() != 0 else "this root may not make namespaces: is it one inside a container?"
         raise SandboxError(f"{advice} ({output})")
     return command
+
+
+@functools.lru_cache(maxsize=None)
+def impossible() -> str:
+    """Return why no sandbox can be made here, or nothing."""
+    try:
+        unshare_command("--net", "--uts")
+    except SandboxError as error:
+        return str(error)
+    return ""
+
+
+def mounts(*points: str) -> List[str]:
+    """Return what is mounted at points, as the kernel lists it."""
+    with open("/proc/self/mountinfo", encoding="utf-8") as file:
+        return [line for line in file if line.split()[4] in points]
 
 
 def call(*command: str) -> None:
@@ -158,8 +180,8 @@ def show(seen: Dict[str, Any]) -> None:
     print(f"  {seen['host_name']}  (/etc/hostname: {(seen['etc_hostname'] or 'missing').strip()})")
 
 
-def inside(options: argparse.Namespace) -> int:
-    """Furnish the VM, run the command in it, and show what came of it."""
+def inside(options: argparse.Namespace, result: TextIO) -> int:
+    """Furnish the VM, run the command in it, and show what came of it, or write it to result."""
     furnish(options.host_name, None if options.no_hosts else options.hosts)
     with from_arguments(options) as azure:
         for service, address in ADDRESSES.items():
@@ -172,8 +194,7 @@ def inside(options: argparse.Namespace) -> int:
             raise SandboxError(str(error)) from error
         seen = report(azure)
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(seen, file)
+        json.dump(seen, result)
     else:
         show(seen)
     return status if status >= 0 else 128 - status
@@ -204,7 +225,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
     options = parse_arguments(arguments)
     try:
         if MARK in os.environ:
-            return inside(options)
+            # Opened first: its directory may be read-only afterwards.
+            with open(options.json or os.devnull, "w", encoding="utf-8") as result:
+                return inside(options, result)
         # This process becomes the one inside, so nothing is left behind to look after it.
         command = [*unshare_command("--net", "--uts"), sys.executable, "-m", "tests.sandbox", *arguments]
         os.chdir(REPOSITORY)

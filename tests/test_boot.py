@@ -15,7 +15,7 @@ from typing import Any, List, Optional
 
 from tests import container, sandbox
 from tests.container import Container
-from tests.vm import HANGING, IMAGE_NAME, ROUTER, UNIT, Azure, Case, cases, explained, wait_for
+from tests.vm import HANGING, IMAGE_NAME, ROUTER, UNIT, WORK, Azure, Case, cases, explained, wait_for
 
 VARIABLE = "AZURE_PROVISIONING_BOOT"
 WANTED = os.environ.get(VARIABLE, "")
@@ -276,8 +276,7 @@ class CleanlinessTest(unittest.TestCase):
     @unittest.skipUnless(WANTED, f"boots a machine: set {VARIABLE}=1")
     def test_nothing_outlives_a_lab_that_is_killed(self) -> None:
         def state() -> List[Any]:
-            with open("/proc/self/mountinfo", encoding="utf-8") as file:
-                mounts = file.read()
+            mounts = sandbox.mounts("/", "/proc", "/run", WORK, WORK + "/proc")
             listing = subprocess.run(["ip", "netns"], stdout=subprocess.PIPE, check=True).stdout
             return [mounts, listing, sorted(os.listdir("/dev/shm")), sorted(os.listdir("/run"))]
 
