@@ -3,7 +3,8 @@
 Run `python3 -m tests.fake_azure --help`, or use FakeAzure in a with statement.
 
 A script lists, for each service, what happens to its requests in turn; once it is used up, the service answers as it
-should. Each entry is an object with one of these keys, and any of the others where they make sense:
+should. An entry in place of a list is for all requests: {"wireserver": {"status": 503}} is never anything else. Each
+entry is an object with one of these keys, and any of the others where they make sense:
 
     status      answer with this status; body (text) and headers (an object) may stand beside it
     body        answer 200 with this body; repeat (a number) sends it that many times
@@ -21,6 +22,7 @@ What the services are asked is recorded, and so is what became of each health re
 
 import argparse
 import contextlib
+import itertools
 import json
 import socket
 import struct
@@ -30,7 +32,7 @@ import time
 from http.client import responses
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from socketserver import ThreadingMixIn
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
@@ -167,6 +169,8 @@ SINCE = {
 }
 
 Answer = Tuple[int, Dict[str, str], bytes]
+Entry = Dict[str, Any]
+Script = Mapping[str, Union[Entry, List[Entry]]]  # of each service: see above
 
 
 class RefusedError(Exception):
@@ -189,7 +193,7 @@ class FakeAzure:
         self,
         name: str = "web_01",
         computer_name: Optional[str] = "web-01",
-        script: Optional[Dict[str, List[Dict[str, Any]]]] = None,
+        script: Optional[Script] = None,
         imds_versions: Optional[Sequence[str]] = None,
         throttle: Optional[int] = None,
         drip_pause: float = 1.0,
@@ -206,8 +210,9 @@ class FakeAzure:
         self.public_keys = [
             {"keyData": key, "path": f"/home/{admin_username}/.ssh/authorized_keys"} for key in public_keys
         ]
-        script = script or {}
-        self.script = {service: list(script.get(service, [])) for service in (WIRESERVER, HOST_PLUGIN, IMDS)}
+        self.script: Dict[str, Iterator[Entry]] = {}
+        for service, entries in (script or {}).items():
+            self.script[service] = itertools.repeat(entries) if isinstance(entries, dict) else iter(entries)
         self.imds_versions = sorted(IMDS_VERSIONS if imds_versions is None else imds_versions)
         self.throttle = throttle
         self.drip_pause = drip_pause
@@ -533,9 +538,9 @@ class _Handler(BaseHTTPRequestHandler):
         service: str = self.server.service
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         with azure.lock:
-            entry = azure.script[service].pop(0) if azure.script[service] else {}
+            entry = next(azure.script.get(service, iter(())), {})
         action = entry.get("do", "right")
-        self.entry: Dict[str, Any] = entry
+        self.entry: Entry = entry
         request = {
             "service": service,
             "method": self.command,
@@ -648,6 +653,47 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
+ACTIONS = sorted(name[3:] for name in vars(_Handler) if name.startswith("do_") and name.islower())
+# What the keys of a script's entries hold.
+KEYS: Dict[str, Any] = {
+    "status": int,
+    "headers": dict,
+    "body": str,
+    "repeat": int,
+    "do": str,
+    "raw": str,
+    "keep": bool,
+    "delay": (int, float),
+}
+
+
+def parse_script(text: str) -> Script:
+    """Return the script that text is, in JSON. Raises argparse.ArgumentTypeError where it is none."""
+    try:
+        script = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
+    if not isinstance(script, dict):
+        raise argparse.ArgumentTypeError("not an object, of services")
+    for service, entries in script.items():
+        if service not in (WIRESERVER, HOST_PLUGIN, IMDS):
+            raise argparse.ArgumentTypeError(f"there is no service {service}, but {WIRESERVER} and {IMDS}")
+        for entry in entries if isinstance(entries, list) else [entries]:
+            if not isinstance(entry, dict):
+                raise argparse.ArgumentTypeError(f"{service}: not an object: {json.dumps(entry)}")
+            for key, value in entry.items():
+                if not isinstance(value, KEYS.get(key, ())):
+                    raise argparse.ArgumentTypeError(f"{service}: no such entry: {json.dumps({key: value})}")
+            if entry.get("do", "right") not in ACTIONS:
+                raise argparse.ArgumentTypeError(f"{service}: {entry['do']} is none of {', '.join(ACTIONS)}")
+    return dict(script)
+
+
+def describe(report: Dict[str, Any]) -> str:
+    """Return the state that a health report says, with the reason that it gives."""
+    return "{}, {!r}".format(report["state"], report["description"]) if "description" in report else report["state"]
+
+
 def add_vm_arguments(parser: argparse.ArgumentParser) -> None:
     """Have parser know what there is to say about the VM."""
     parser.add_argument("--name", default="web_01", help="the name of the VM resource (default: %(default)s)")
@@ -657,7 +703,9 @@ def add_vm_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--admin-username", default="", metavar="NAME", help="the user to create")
     parser.add_argument("--public-key", action="append", default=[], metavar="KEY", help="a key of that user's")
     parser.add_argument("--disable-password-authentication", default="", metavar="BOOL", help="true or false")
-    parser.add_argument("--script", default="{}", metavar="JSON", help="see the top of tests/fake_azure.py")
+    parser.add_argument(
+        "--script", type=parse_script, default="{}", metavar="JSON", help="see the top of tests/fake_azure.py"
+    )
 
 
 def from_arguments(options: argparse.Namespace, **more: Any) -> FakeAzure:
@@ -665,7 +713,7 @@ def from_arguments(options: argparse.Namespace, **more: Any) -> FakeAzure:
     return FakeAzure(
         options.name,
         options.computer_name,
-        json.loads(options.script),
+        options.script,
         admin_username=options.admin_username,
         public_keys=options.public_key,
         disable_password_authentication=options.disable_password_authentication,
@@ -693,7 +741,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
         else:
             print("{service}: {method} {path}: {outcome}".format(**request), flush=True)
             if "report" in request:
-                print("  {state}, accepted: {accepted}".format(**request["report"]), flush=True)
+                report = request["report"]
+                print(f"  {describe(report)}, accepted: {report['accepted']}", flush=True)
 
     azure.observer = show
     for service in (WIRESERVER, IMDS):

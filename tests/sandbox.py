@@ -3,6 +3,7 @@
 `python3 -m tests.sandbox [COMMAND ...]` runs COMMAND, by default the program without arguments, in network, UTS and
 mount namespaces of its own: there a host name, an /etc and a /run of a VM stand in place of the machine's, whose D-Bus
 is thus out of reach. It ends by showing what Azure saw and what the VM is called now; its exit status is COMMAND's.
+With --admin-username the program makes that user, too, in a /home that is the VM's own; that takes root.
 
 The namespaces belong to this process and go with it, however it ends. Needs unshare, mount and ip, which every
 distribution brings, and either root or a kernel that allows user namespaces to everybody.
@@ -18,7 +19,7 @@ import subprocess
 import sys
 from typing import Any, Dict, List, Optional, TextIO
 
-from tests.fake_azure import IMDS, WIRESERVER, FakeAzure, add_vm_arguments, from_arguments
+from tests.fake_azure import IMDS, WIRESERVER, FakeAzure, add_vm_arguments, describe, from_arguments
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAM = os.path.join(REPOSITORY, "azure_provisioning.py")
@@ -27,7 +28,7 @@ ADDRESSES = {WIRESERVER: "168.63.129.16", IMDS: "169.254.169.254"}
 IMAGE_NAME = "image"  # what the VM is called before it is provisioned
 HOSTS = f"127.0.0.1\tlocalhost\n127.0.1.1\t{IMAGE_NAME}.example.com {IMAGE_NAME}\n"
 # What programs need to know users by name and to find libraries; everything else in /etc stays out.
-ETC = ("passwd", "group", "nsswitch.conf", "ld.so.cache", "ld.so.conf", "alternatives", "localtime", "ssl/certs")
+ETC = ("passwd", "group", "nsswitch.conf", "ld.so.cache", "ld.so.conf", "login.defs", "alternatives", "localtime")
 TOOLS = ("unshare", "mount", "ip")
 MARK = "AZURE_SANDBOX"  # names the machine's namespaces to the process inside, which checks that it left them
 
@@ -119,13 +120,13 @@ def furnish(host_name: str, hosts: Optional[str]) -> None:
     links = {}
     if os.path.isdir("/etc/alternatives"):
         links = {name: os.path.realpath("/etc/alternatives/" + name) for name in os.listdir("/etc/alternatives")}
-    for directory in ("/home", "/var"):  # of the machine, and root may make a user
-        if os.access(directory, os.W_OK):
-            call("mount", "-n", "--bind", directory, directory)
-            call("mount", "-n", "-o", "remount,bind,ro", directory)
-    for directory in ("/etc", "/run", "/var/run"):
+    if os.access("/var", os.W_OK):
+        call("mount", "-n", "--bind", "/var", "/var")
+        call("mount", "-n", "-o", "remount,bind,ro", "/var")
+    for directory in ("/etc", "/home", "/run", "/var/run"):
         if os.path.isdir(directory) and not os.path.islink(directory):
             call("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", directory)
+    files["shadow"] = b""  # without it useradd locks accounts where it must not
     files["hostname"] = host_name.encode() + b"\n"
     if hosts is not None:
         files["hosts"] = hosts.encode()
@@ -169,11 +170,8 @@ def show(seen: Dict[str, Any]) -> None:
         print("  {service:10} {method:4} {path}  ->  {outcome}".format(**request))
     for health in seen["reports"]:
         verdict = "accepted" if health["accepted"] else "refused"
-        print(
-            "  {state} for container {container_id}, incarnation {incarnation}: {verdict}".format(
-                verdict=verdict, **health
-            )
-        )
+        about = "for container {container_id}, incarnation {incarnation}".format(**health)
+        print(f"  {describe(health)} {about}: {verdict}")
     if not seen["reports"]:
         print("  no health report: Azure would declare this VM failed")
     print("What the VM is called now:")
@@ -187,7 +185,8 @@ def inside(options: argparse.Namespace, result: TextIO) -> int:
         for service, address in ADDRESSES.items():
             if service not in options.absent:
                 azure.listen(service, address, 80)
-        command = options.command or [sys.executable, "-IS", PROGRAM]
+        steps = ["hostname", "user", "ready"] if options.admin_username else []
+        command = options.command or [sys.executable, "-IS", PROGRAM, *steps]
         try:
             status = subprocess.run(command, env=environment(), cwd=REPOSITORY, check=False).returncode
         except OSError as error:
@@ -228,6 +227,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
             # Opened first: its directory may be read-only afterwards.
             with open(options.json or os.devnull, "w", encoding="utf-8") as result:
                 return inside(options, result)
+        if options.admin_username and not options.command and os.geteuid() != 0:
+            raise SandboxError("making a user takes more user IDs than one: run this as root")
         # This process becomes the one inside, so nothing is left behind to look after it.
         command = [*unshare_command("--net", "--uts"), sys.executable, "-m", "tests.sandbox", *arguments]
         os.chdir(REPOSITORY)

@@ -16,6 +16,7 @@ from typing import Any, Dict, List, Optional, Sequence
 from tests import sandbox
 
 PROGRAM = [sys.executable, "-IS", sandbox.PROGRAM]
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl alice"
 SETHOSTNAME = f"{sys.executable} -c 'import socket, sys; socket.sethostname(sys.argv[1])'"
 
 
@@ -520,9 +521,57 @@ class SandboxTest(SandboxCase):
         result = self.vm_command("sh", "-c", 'ls -A /run; echo "bus: $DBUS_SYSTEM_BUS_ADDRESS"')
         self.assertEqual(result.stdout, "bus: \n")
 
-    def test_homes_and_logs_of_the_machine_cannot_be_written(self) -> None:
-        result = self.vm_command("sh", "-c", "for d in /home /var; do touch $d/x && rm $d/x && echo written; done; :")
+    def test_logs_of_the_machine_cannot_be_written_and_its_homes_are_not_there(self) -> None:
+        result = self.vm_command("sh", "-c", "touch /var/x && rm /var/x && echo written; ls -A /home; touch /home/x")
         self.assertEqual((result.status, result.stdout), (0, ""), result)
+        self.assertFalse(os.path.exists("/home/x"))
+
+    def show(self, *arguments: str, user: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":
+        """Run the sandbox as a person does, who reads what it prints."""
+        return subprocess.run(
+            [*user, sys.executable if not user else "/usr/bin/python3", "-m", "tests.sandbox", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            cwd=sandbox.REPOSITORY,
+            check=False,
+            timeout=60,
+        )
+
+    def test_a_user_and_a_key_are_enough_to_see_the_user_made(self) -> None:
+        user = ("--admin-username", "alice", "--public-key", KEY)
+        done = self.show(*user, "--disable-password-authentication", "true")
+        if os.geteuid() == 0:
+            self.assertEqual(done.returncode, 0, done.stdout)
+            self.assertIn("made the user alice\nalice can log in, SSH keys: 1\nreported Ready", done.stdout)
+            done = self.show(*user, user=("setpriv", "--reuid=65534", "--clear-groups", "env", "HOME=/"))
+        message = "sandbox: making a user takes more user IDs than one: run this as root\n"
+        self.assertEqual((done.returncode, done.stdout), (1, message))
+
+    def test_the_reason_of_a_failure_is_shown(self) -> None:
+        done = self.show(*PROGRAM, "--fail", "no disk")
+        self.assertRegex(done.stdout, r"(?m)^  NotReady, 'no disk' for container \S+, incarnation 3: accepted$")
+
+    def test_a_service_can_fail_for_ever(self) -> None:
+        result = self.vm("--timeout", "1", "ready", script={"wireserver": {"status": 503}})
+        self.assertEqual((result.status, result.seen["reports"]), (1, []), result)
+        self.assertEqual({request["outcome"] for request in result.seen["requests"]}, {"503"})
+
+    def test_a_script_that_is_none_is_one_line_that_says_why(self) -> None:
+        for script, why in {
+            "{": "not JSON: Expecting property name",
+            "[]": "not an object, of services",
+            '{"wire": []}': "there is no service wire",
+            '{"imds": [503]}': "imds: not an object: 503",
+            '{"imds": {"statsu": 503}}': 'imds: no such entry: {"statsu": 503}',
+            '{"imds": {"status": "503"}}': 'imds: no such entry: {"status": "503"}',
+            '{"imds": {"do": "sulk"}}': "imds: sulk is none of close, cut, ",
+        }.items():
+            with self.subTest(script):
+                done = self.show("--script", script)
+                self.assertEqual(done.returncode, 2, done.stdout)
+                self.assertIn("error: argument --script: " + why, done.stdout.splitlines()[-1])
+                self.assertNotIn("Traceback", done.stdout)
 
     def test_it_refuses_to_furnish_the_machine(self) -> None:
         done = subprocess.run(
