@@ -4,26 +4,44 @@ Root, and mmdebstrap, qemu-system-x86_64, mkfs.ext4, dnsmasq and util-linux, are
 boot takes half a minute: /dev/kvm may exist and still boot nothing.
 
 Nothing of the tests is on the disk. The machine is asked over a second serial port, where systemd's debug shell is, as
-the kernel's command line says.
+the kernel's command line says. One that has nothing but a disk, of anybody's, is asked over SSH: `python3 -m
+tests.machine --boot FILE` does that.
 """
 
 import argparse
 import base64
 import contextlib
 import glob
+import json
 import os
 import random
 import re
 import shlex
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 import uuid
-from typing import Dict, Iterator, List, Match, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Match, Optional, Sequence, Tuple
 
-from tests.fake_azure import MAC_ADDRESS, VM_ID
-from tests.vm import BOOTED, RELEASES, TAP, UNIT, VM, WORK, Azure, Lab, explained, missing_tools, wait_for
+from tests.fake_azure import MAC_ADDRESS, VM_ID, describe
+from tests.vm import (
+    BOOTED,
+    RELEASES,
+    TAP,
+    UNIT,
+    VM,
+    WORK,
+    Azure,
+    Lab,
+    Processes,
+    explained,
+    missing_tools,
+    ssh_command,
+    wait_for,
+)
 
 TOOLS = (
     "mmdebstrap",
@@ -36,9 +54,26 @@ TOOLS = (
     "ip",
 )
 
+DISK_TOOLS = ("qemu-img", "dnsmasq", "setpriv", "nsenter", "unshare", "ip", "ssh", "ssh-keygen")
+
 ASSET_TAG = "7783-7084-3265-9085-8269-3286-77"  # of all VMs on Azure, by which guests recognise it
 DISK_SIZE = "2G"  # sparse
-PROCESSOR = "Nehalem"  # what newer ones can do costs a fifth of the time to emulate
+# What newer processors can do costs a fifth of the time to emulate, and pointer authentication half of it.
+MACHINES = {
+    "amd64": ("qemu-system-x86_64", "-machine", "q35", "-cpu", "Nehalem"),
+    "arm64": ("qemu-system-aarch64", "-machine", "virt", "-cpu", "cortex-a57"),
+}
+# UEFI with Secure Boot and Microsoft's keys, as Azure's Trusted Launch has it, and without.
+FIRMWARE = {
+    ("amd64", True): ("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd", "/usr/share/OVMF/OVMF_VARS_4M.ms.fd"),
+    ("amd64", False): ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),
+    ("arm64", True): ("/usr/share/AAVMF/AAVMF_CODE.ms.fd", "/usr/share/AAVMF/AAVMF_VARS.ms.fd"),
+    ("arm64", False): ("/usr/share/AAVMF/AAVMF_CODE.fd", "/usr/share/AAVMF/AAVMF_VARS.fd"),
+}
+CONTROLLERS = {
+    "scsi": ("-device", "virtio-scsi-pci", "-device", "scsi-hd,drive=disk"),
+    "nvme": ("-device", "nvme,drive=disk,serial=disk"),
+}
 # Azure's interfaces are called ethN, for nothing gives them another name; QEMU's have a place on a bus.
 # Hyper-V's guests do not check their timer. An emulated processor on a busy host fails that check now and then, and the
 # kernel panics: https://bugs.launchpad.net/nova/+bug/1939108
@@ -53,12 +88,12 @@ ANSWER = (
 )
 
 
-def hardware(vm_id: str = VM_ID) -> Tuple[str, ...]:
+def hardware(vm_id: str = VM_ID, architecture: str = "amd64") -> Tuple[str, ...]:
     """Return the start of QEMU's command line, for a VM as Azure's are: all but what it boots from."""
     mac_address = ":".join(re.findall("..", MAC_ADDRESS))
     return (
-        *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
-        *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", PROCESSOR, "-smp", "2", "-m", "1024"),
+        *(*MACHINES[architecture], "-nodefaults", "-no-user-config", "-display", "none"),
+        *("-accel", "tcg,thread=multi", "-smp", "2", "-m", "1024"),
         *("-device", "virtio-rng-pci"),
         *("-uuid", vm_id, "-smbios", "type=3,asset=" + ASSET_TAG),
         *("-netdev", "tap,id=cable,ifname=azure0,script=no,downscript=no"),
@@ -155,7 +190,7 @@ class Machine(VM):
         self.shell, far_end = socket.socketpair()
         self.heard = b""
         command = (
-            *hardware(self.vm_id),
+            *(*hardware(self.vm_id), "-no-reboot"),
             *("-kernel", self.kernel, "-initrd", self.initrd, "-append", " ".join([KERNEL, *kernel])),
             *("-drive", f"file={self.disk},format=raw,if=virtio"),
             *("-chardev", f"socket,id=shell,fd={far_end.fileno()}", "-serial", "chardev:shell"),
@@ -221,6 +256,169 @@ class Machine(VM):
         if self.shell:
             self.shell.close()
             self.shell = None
+
+
+class Disk(VM):
+    """A whole machine with nothing but the disk in the file image, to which nothing is written.
+
+    It is asked over SSH, by user with the key in the file key. size is that of the disk, where it is not the image's.
+    """
+
+    patience = 20.0
+    cable = TAP
+
+    def __init__(
+        self,
+        lab: Lab,
+        image: str,
+        user: str,
+        key: str,
+        size: str = "",
+        controller: str = "scsi",
+        architecture: str = "amd64",
+        secure_boot: bool = True,
+    ) -> None:
+        # There is nothing to prepare: what is on the disk is the image's.
+        VM.count += 1
+        self.lab = lab
+        self.release = os.path.basename(image)
+        self.client = f"{architecture}, {controller}"
+        self.user, self.key = user, key
+        self.architecture = architecture
+        self.power = Processes()
+        self.console = tempfile.TemporaryFile()  # noqa: SIM115
+        self.overlay = lab.path(f"overlay{VM.count}")
+        with open(image, "rb") as file:
+            file.seek(-512, os.SEEK_END)
+            is_vhd = file.read(8) == b"conectix"
+        # The footer's size is what Azure goes by, and not its geometry.
+        form = {"driver": "vpc", "force_size_calc": "current_size"} if is_vhd else {"driver": "raw"}
+        backing = json.dumps(dict(form, file={"driver": "file", "filename": os.path.abspath(image)}))
+        subprocess.run(
+            ["qemu-img", "create", "-q", "-f", "qcow2", "-b", "json:" + backing, "-F", form["driver"], self.overlay]
+            + [size] * bool(size),
+            check=True,
+        )
+        code, variables = (f"if=pflash,format=raw,file={name}" for name in FIRMWARE[architecture, secure_boot])
+        self.command = (
+            *hardware(architecture=architecture),
+            *("-drive", code + ",unit=0,readonly=on", "-drive", variables + ",unit=1,snapshot=on"),
+            *("-drive", f"if=none,id=disk,format=qcow2,file={self.overlay}"),
+            *CONTROLLERS[controller],
+        )
+        if architecture == "amd64" and secure_boot:
+            self.command += ("-machine", "smm=on", "-global", "driver=cfi.pflash01,property=secure,value=on")
+
+    def __exit__(self, *_: object) -> None:
+        self.cut_power()
+        self.console.close()
+        os.remove(self.overlay)
+
+    def boot(self, azure: Azure) -> "Disk":
+        self.azure = azure
+        self.switched_on = time.monotonic()
+        self.power.start(*self.command, output=self.console, wrap=azure.enter())
+        return self
+
+    def wait_for_report(self, seconds: float) -> Dict[str, Any]:
+        """Return the first health report. Raises AssertionError if none comes."""
+
+        def report() -> List[Dict[str, Any]]:
+            # The disk is the product, and its kernel has the arguments that it has: see KERNEL.
+            if TIMER_PANIC in self.console_text():
+                self.cut_power()
+                os.ftruncate(self.console.fileno(), 0)
+                os.lseek(self.console.fileno(), 0, os.SEEK_SET)
+                self.boot(self.azure)
+            if self.power.children[-1].poll() is not None:
+                raise AssertionError("it went off")
+            return self.azure.reports()
+
+        first: Dict[str, Any] = wait_for("a health report", report, seconds)[0]
+        return first
+
+    def is_on(self) -> bool:
+        # Before that there is nobody to ask.
+        return bool(self.azure.reports()) and self.power.children[-1].poll() is None
+
+    def run(self, *command: str) -> str:
+        return self.log_in("sudo", "-n", "env", "LC_ALL=C", *command).stdout
+
+    def log_in(self, *command: str) -> "subprocess.CompletedProcess[str]":
+        """Run command as the user."""
+        if not self.is_on():
+            raise AssertionError(f"{' '.join(command)}: the machine is off, or not ready")
+        return subprocess.run(
+            ssh_command(self, self.azure, self.user, self.key, *map(shlex.quote, command)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+            timeout=30 * self.patience,
+        )
+
+    def log_in_at_last(self) -> "subprocess.CompletedProcess[str]":
+        """Try to log in until sshd has an answer, or for long enough. It punishes who tries again after a refusal."""
+        deadline = time.monotonic() + 5 * self.patience
+        while True:
+            came = self.log_in("true")
+            if came.returncode == 0 or "Permission denied" in came.stdout or time.monotonic() > deadline:
+                return came
+            time.sleep(0.5)
+
+    def read(self, name: str) -> str:
+        return self.run("cat", "/" + name)
+
+    def addresses(self) -> List[str]:
+        return [*self.azure.leases()]
+
+    def cut_power(self) -> None:
+        self.power.stop()
+
+
+def make_key(path: str) -> str:
+    """Make a pair of SSH keys, and return the file of the private one."""
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", path], check=True)
+    return path
+
+
+def boot_disk(lab: Lab, options: argparse.Namespace) -> List[str]:
+    """Boot the disk that options describe, print what comes of it, and return what is not as it should be."""
+    user = options.admin_username
+    key = options.key or make_key(lab.path("key"))
+    with open(key + ".pub", encoding="utf-8") as file:
+        created_with = ["--admin-username", user, "--public-key", file.read()]
+    created_with += ["--disable-password-authentication", "true"]
+    secure_boot = not options.no_secure_boot
+    faults = []
+    with Disk(
+        lab, options.boot, user, key, options.size, options.controller, options.architecture, secure_boot
+    ) as vm, Azure(lab, options.computer_name, created_with, cable=TAP) as azure:
+        azure.start_network().start()
+        vm.boot(azure)
+        try:
+            report = vm.wait_for_report(options.timeout)
+        except AssertionError as error:
+            asked = ["{service}: {method} {path}: {outcome}".format(**request) for request in azure.requests()]
+            print(f"===== the console's end\n{vm.console_text()[-4000:]}")
+            print("\n".join(["===== asked of Azure", *(asked or ["nothing"])]))
+            return [str(error)]
+        print(f"reported {describe(report)}, {report['time'] - vm.switched_on:.0f} s after power on", flush=True)
+        if report["state"] != "Ready":
+            faults.append("it is not ready")
+        names = [name.replace("*", "no name") for name in azure.leases().values()]
+        print(f"has its lease as {', '.join(names)}", flush=True)
+        if names != [options.computer_name]:
+            faults.append(f"its lease is not that of {options.computer_name}")
+        if user:
+            came = vm.log_in_at_last()
+            if came.returncode == 0:
+                print(f"{user} logged in, {time.monotonic() - vm.switched_on:.0f} s after power on", flush=True)
+            else:
+                faults.append(f"{user} cannot log in: {came.stdout.strip()}")
+    return faults
 
 
 # Power cuts in the first boot.
@@ -339,25 +537,50 @@ def cut_power_at_random(vm: Machine, cuts: int, seed: int) -> List[str]:
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    """Cut the power at random moments, and return 1 if one of them did harm."""
-    parser = argparse.ArgumentParser(prog="python3 -m tests.machine", description="Cut the power in first boots.")
+    """Cut the power at random moments, or boot a disk, and return 1 if something is not as it should be."""
+    parser = argparse.ArgumentParser(
+        prog="python3 -m tests.machine",
+        description="Boot a disk in QEMU on a pretend Azure, and tell whether Ready came, under which name it has its "
+        "lease, and whether one can log in. Or cut the power in first boots.",
+    )
     parser.add_argument("--power-cuts", type=int, default=100, metavar="N", help="how often (default: %(default)s)")
     parser.add_argument("--release", default="bookworm", choices=RELEASES, help="of Debian (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="of the moments")
+    boot = parser.add_argument_group("to boot a disk")
+    boot.add_argument("--boot", metavar="FILE", help="a raw disk or a VHD, to which nothing is written")
+    boot.add_argument("--computer-name", default="web-01", metavar="NAME", help="the VM's (default: %(default)s)")
+    boot.add_argument("--admin-username", default="alice", metavar="NAME", help="its user (default: %(default)s)")
+    boot.add_argument("--key", metavar="FILE", help="the user's SSH key, FILE.pub beside it (default: a new one)")
+    boot.add_argument("--size", default="", help="of the VM's disk, as 8G (default: the file's)")
+    boot.add_argument("--controller", default="scsi", choices=sorted(CONTROLLERS), help="default: %(default)s")
+    boot.add_argument("--architecture", default="amd64", choices=sorted(MACHINES), help="default: %(default)s")
+    boot.add_argument("--no-secure-boot", action="store_true", help="of UEFI, for what nobody has signed")
+    boot.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="for the report (%(default)s)")
     options = parser.parse_args(arguments)
-    missing = missing_tools(TOOLS)
+    tools = (MACHINES[options.architecture][0], *DISK_TOOLS) if options.boot else TOOLS
+    missing = missing_tools(tools)
+    if options.boot:
+        files = [options.boot, *FIRMWARE[options.architecture, not options.no_secure_boot]]
+        files += [options.key, options.key + ".pub"] if options.key else []
+        missing += [name for name in files if not os.path.isfile(name)]
     if missing or os.geteuid() != 0:
         print(f"this takes root and {', '.join(missing) or 'no more'}", file=sys.stderr)
         return 1
     lab = Lab()
     try:
-        print(f"--seed {options.seed}", flush=True)
-        with Machine(lab, options.release, install=False) as vm:
-            vm.install("--user")
-            faults = cut_power_at_random(vm, options.power_cuts, options.seed)
+        if options.boot:
+            faults = boot_disk(lab, options)
+            print("\n".join(faults) or "all is well")
+        else:
+            print(f"--seed {options.seed}", flush=True)
+            with Machine(lab, options.release, install=False) as vm:
+                vm.install("--user")
+                faults = cut_power_at_random(vm, options.power_cuts, options.seed)
+            print(f"{options.power_cuts} power cuts, {len(faults)} faults")
+    except KeyboardInterrupt:
+        return 130
     finally:
         lab.close()
-    print(f"{options.power_cuts} power cuts, {len(faults)} faults")
     return 1 if faults else 0
 
 

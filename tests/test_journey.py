@@ -17,7 +17,7 @@ from typing import Any, Sequence, Set, Type
 from tests import container
 from tests.container import Container
 from tests.test_boot import VARIABLE
-from tests.vm import UNIT, VM, WORK, Azure, Case, cases, explained, wait_for
+from tests.vm import UNIT, VM, WORK, Azure, Case, cases, explained, ssh_command, wait_for
 
 BUILDER = "builder-7f3a"  # the name of the machine that becomes the image
 SECRET = "hunter2-of-the-builder"
@@ -29,13 +29,6 @@ class Image(Container):
 
     packages = Container.packages + ",openssh-server,sudo"
     others = "disable"
-
-
-def ssh_command(vm: VM, azure: Azure, user: str, key: str, *command: str) -> Sequence[str]:
-    """Return the command line of a real SSH client at the far end, which runs command in vm."""
-    options = ["-F", "none", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o", "IdentitiesOnly=yes"]
-    options += ["-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-i", vm.lab.path(key)]
-    return [*azure.enter(), "ssh", *options, f"{user}@{vm.addresses()[0]}", *command]
 
 
 class JourneyCase(Case):
@@ -152,7 +145,7 @@ class JourneyCase(Case):
     def ssh(self, vm: VM, azure: Azure, user: str, key: str, *command: str) -> "subprocess.CompletedProcess[str]":
         """Run command in vm over a real SSH client at the far end."""
         return subprocess.run(
-            ssh_command(vm, azure, user, key, *command),
+            ssh_command(vm, azure, user, vm.lab.path(key), *command),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -5,156 +5,118 @@ Like the other whole machines these run only if the environment variable AZURE_P
 
 import os
 import re
-import shlex
 import struct
 import subprocess
-import tempfile
 import time
 import unittest
-from typing import Any, List, Sequence, Type
+from typing import Any, ClassVar, Optional, Sequence, Type
 
 from tests import machine, sandbox
-from tests.test_journey import USER, JourneyCase, ssh_command
+from tests.machine import Disk
+from tests.test_journey import USER, JourneyCase
 from tests.test_machine import VARIABLE
-from tests.vm import TAP, VM, WORK, Azure, Lab, Processes, cases, explained, wait_for
+from tests.vm import VM, WORK, Lab, cases, explained
 
 TOOLS = ("mmdebstrap", "sfdisk", "mkfs.ext4", "mformat", "mcopy", "qemu-img")
 RELEASE = "trixie"  # of Debian, as the recipe stands in the README
-LINES = 12
+AMD64 = "arch=amd64 efi=x64 tty=ttyS0"
+ARM64 = "arch=arm64 efi=aa64 tty=ttyAMA0"
+LINES = 24
 MEBIBYTE = 1 << 20
+SIZE = "8G"  # of the VM's disk, larger than the image's
 
-# UEFI with Secure Boot, as Azure's Trusted Launch has it, and Microsoft's keys; what it writes is not kept.
-FIRMWARE = ("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd", "/usr/share/OVMF/OVMF_VARS_4M.ms.fd")
+ARM64_VARIABLE = "AZURE_PROVISIONING_ARM64"
+# Has the kernel run programs for Arm64 until its standard input ends, as it does when we end. Where it does already
+# there is nothing to be put back.
+EMULATION = """
+[ ! -e /proc/sys/fs/binfmt_misc/qemu-aarch64 ] || { echo on; exec cat; }
+update-binfmts --enable qemu-aarch64
+echo on
+cat
+update-binfmts --disable qemu-aarch64
+"""
 
-KERNEL_STARTED = re.compile(r"Run /init as init process|Kernel panic.*\n")
+
+def section() -> str:
+    """Return the section of the README."""
+    with open(os.path.join(sandbox.REPOSITORY, "README.md"), encoding="utf-8") as file:
+        found = re.search(r"(?ms)^## An image from nothing$(.*?)^## ", file.read())
+    assert found
+    return found.group(1)
 
 
 def recipe() -> str:
     """Return the commands of the README's section."""
-    with open(os.path.join(sandbox.REPOSITORY, "README.md"), encoding="utf-8") as file:
-        section = re.search(r"(?ms)^## An image from nothing$(.*?)^## ", file.read())
-    assert section
-    blocks: Sequence[str] = re.findall(r"(?ms)^```sh\n(.*?)^```$", section.group(1))
-    if len(blocks) != 1:
-        raise AssertionError(f"{len(blocks)} blocks of commands in the section")
-    return blocks[0]
+    blocks: Sequence[str] = re.findall(r"(?ms)^```sh\n(.*?)^```$", section())
+    found = [block for block in blocks if "mmdebstrap --" in block]
+    if len(found) != 1:
+        raise AssertionError(f"{len(found)} blocks of commands that make an image")
+    return found[0]
 
 
-class Disk(VM):
-    """A whole machine with nothing but the disk that the recipe made. It is asked over SSH, by its user."""
+class RecipeDisk(Disk):
+    """A machine with nothing but the disk that the recipe made."""
 
-    patience = 20.0
-    cable = TAP
+    made_for = "amd64"
 
     @classmethod
     def pristine(cls, lab: Lab, release: str) -> str:
+        """Return the file that the recipe makes, in lab."""
         checkout = f"{WORK}/{release}"
         if (release,) not in lab.roots:
             files = [os.path.join(sandbox.REPOSITORY, name) for name in os.listdir(sandbox.REPOSITORY)]
             lab.run("mkdir", checkout)
             lab.run("cp", *filter(os.path.isfile, files), checkout)
-            commands = recipe() if release == RELEASE else recipe().replace(RELEASE, release)
+            commands = recipe().replace(RELEASE, release)
+            if cls.made_for == "arm64":
+                commands = "export QEMU_CPU=cortex-a57\n" + commands.replace(AMD64, ARM64)
             started = time.monotonic()
             lab.run("sh", "-euc", f"cd {checkout}\n{commands}")
-            print(f"{release}: the recipe took {time.monotonic() - started:.0f} s")
-            lab.roots[(release,)] = checkout + "/build"
+            print(f"{release}, {cls.made_for}: the recipe took {time.monotonic() - started:.0f} s")
+            lab.roots[(release,)] = lab.path(os.path.relpath(checkout, WORK), "build", "azure.vhd")
         return lab.roots[(release,)]
 
-    def __init__(self, lab: Lab, release: str) -> None:
-        # There is nothing to prepare: what is on the disk is the recipe's.
-        self.lab = lab
-        self.release = release
-        self.client = "the recipe"
-        self.root = self.pristine(lab, release)
-        self.image = lab.path(os.path.relpath(self.root, WORK), "azure.vhd")
-        self.power = Processes()
-        self.console = tempfile.TemporaryFile()  # noqa: SIM115
 
-    def __exit__(self, *_: object) -> None:
-        self.cut_power()
-        self.console.close()
+class Arm64RecipeDisk(RecipeDisk):
+    """One for Arm64."""
 
-    def boot(self, azure: Azure) -> "Disk":
-        self.azure = azure
-        code, variables = (f"if=pflash,format=raw,file={name}" for name in FIRMWARE)
-        command = (
-            *machine.hardware(),
-            *("-machine", "smm=on", "-global", "driver=cfi.pflash01,property=secure,value=on"),
-            *("-drive", code + ",unit=0,readonly=on", "-drive", variables + ",unit=1,snapshot=on"),
-            *("-drive", f"if=none,id=disk,format=vpc,file={self.image},snapshot=on"),
-            *("-device", "virtio-scsi-pci", "-device", "scsi-hd,drive=disk"),
-        )
-        for _ in range(5):
-            self.power.start(*command, output=self.console, wrap=azure.enter())
-            said = wait_for("the kernel", lambda: KERNEL_STARTED.search(self.console_text()), 30 * self.patience)
-            # The disk is the product, and its kernel has the arguments that it has: see machine.KERNEL.
-            if machine.TIMER_PANIC not in said.group():
-                return self
-            self.cut_power()
-            os.ftruncate(self.console.fileno(), 0)
-            os.lseek(self.console.fileno(), 0, os.SEEK_SET)
-        raise AssertionError(machine.TIMER_PANIC)
-
-    def is_on(self) -> bool:
-        # Before that there is nobody to ask.
-        return bool(self.azure.reports()) and self.power.children[-1].poll() is None
-
-    def run(self, *command: str) -> str:
-        if not self.is_on():
-            raise AssertionError(f"{' '.join(command)}: the machine is off, or not ready")
-        asked = ["sudo", "-n", "env", "LC_ALL=C", *map(shlex.quote, command)]
-        return subprocess.run(
-            ssh_command(self, self.azure, USER, "key", *asked),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-            check=False,
-            timeout=30 * self.patience,
-        ).stdout
-
-    def read(self, name: str) -> str:
-        return self.run("cat", "/" + name)
-
-    def addresses(self) -> List[str]:
-        return [*self.azure.leases()]
-
-    def cut_power(self) -> None:
-        self.power.stop()
+    made_for = "arm64"
 
 
 class RecipeCase(JourneyCase):
     """The recipe for one release; a class of each is made below."""
 
-    vm: Type[VM] = Disk
-    tools: Sequence[str] = (*machine.TOOLS, *TOOLS, "ssh", "ssh-keygen")
+    vm: Type[VM] = RecipeDisk
+    tools: Sequence[str] = (*machine.TOOLS, *machine.DISK_TOOLS, *TOOLS)
+    made_for = "amd64"
 
-    def test_it_has_no_more_lines_than_it_says(self) -> None:
-        test: Any = self
-        test.assertLessEqual(len(recipe().splitlines()), LINES)
+    def image(self) -> str:
+        return self.vm.pristine(self.lab, self.release)
 
     def test_azure_takes_the_vhd(self) -> None:
         # https://learn.microsoft.com/azure/virtual-machines/linux/create-upload-generic
         test: Any = self
-        with Disk(self.lab, self.release) as vm, open(vm.image, "rb") as file:
+        with open(self.image(), "rb") as file:
             size = file.seek(-512, os.SEEK_END)
             footer = file.read()
         test.assertEqual(size % MEBIBYTE, 0)
         test.assertEqual(footer[:8], b"conectix")
         current_size, disk_type = struct.unpack(">Q4xI", footer[48:64])
         test.assertEqual((current_size, disk_type), (size, 2))  # fixed
-        print(f"{self.release}: a VHD of {size // MEBIBYTE} MiB, of which {os.stat(vm.image).st_blocks >> 11} on disk")
+        blocks = os.stat(self.image()).st_blocks
+        print(f"{self.release}: a VHD of {size // MEBIBYTE} MiB, of which {blocks >> 11} on disk")
 
-    def test_its_disk_boots_to_ready_and_a_login(self) -> None:
+    def boot_to_a_login(self, controller: str) -> None:
         test: Any = self
-        with Disk(self.lab, self.release) as vm, self.azure("web-01") as azure, explained(vm, azure):
+        key = self.lab.path("key")
+        disk = Disk(self.lab, self.image(), USER, key, SIZE, controller, self.made_for)
+        with disk as vm, self.azure("web-01") as azure, explained(vm, azure):
             azure.start_network().start()
-            started = time.monotonic()
             vm.boot(azure)
-            wait_for("Ready", azure.reports, 30 * vm.patience)
-            print(f"{self.release}, the recipe: Ready {azure.reports()[0]['time'] - started:.1f} s after power on")
-            wait_for("a login", lambda: vm.run("echo", "in") == "in\n", 10 * vm.patience)
+            report = vm.wait_for_report(30 * vm.patience)
+            seconds = report["time"] - vm.switched_on
+            print(f"{self.release}, the recipe, {vm.client}: Ready {seconds:.1f} s after power on")
+            test.assertEqual(vm.log_in_at_last().returncode, 0)
             self.check(
                 vm, system="running", unit="disabled", result="success", host_name="web-01", etc_hostname="web-01"
             )
@@ -163,14 +125,82 @@ class RecipeCase(JourneyCase):
             test.assertEqual([azure.resolve("web-01")], vm.addresses())
             test.assertEqual(vm.run("getent", "ahostsv4", "web-01").split()[:1], vm.addresses())
             test.assertIn("reported Ready to ", vm.console_text())
-            test.assertRegex(vm.console_text(), r"(?m)^Debian GNU/Linux \d+ \S+ ttyS0$")
+            tty = "ttyAMA0" if self.made_for == "arm64" else "ttyS0"
+            test.assertRegex(vm.console_text(), rf"(?m)^Debian GNU/Linux \d+ \S+ {tty}$")
             test.assertEqual(vm.run("mokutil", "--sb-state"), "SecureBoot enabled\n")
-            modules = vm.run("lsinitramfs", "/initrd.img")
-            for driver in ("hv_vmbus", "hv_storvsc", "hv_netvsc"):
+            modules = vm.run("sh", "-c", "lsinitramfs /initrd.img; cat /lib/modules/*/modules.builtin")
+            for driver in ("hv_vmbus", "hv_storvsc", "hv_netvsc", "nvme"):
                 test.assertRegex(modules, rf"/{driver}\.ko")
+            gibibytes = int(vm.run("df", "--output=size", "--block-size=M", "/").split()[1].rstrip("M")) / 1024
+            test.assertGreater(gibibytes, int(SIZE[:-1]) - 0.5, "the root file system takes the disk")
+            # There is no Hyper-V here: what it would start is asked whether it understands what it is told.
+            test.assertEqual(vm.run("systemctl", "is-active", "chrony").strip(), "inactive")
+            test.assertIn("refclock PHC /dev/ptp_hyperv", vm.run("chronyd", "-p"))
 
 
-globals().update(cases(RecipeCase, "RecipeTest", VARIABLE, "bookworm", "trixie"))
+class Amd64RecipeCase(RecipeCase):
+    """The recipe as it stands, and that for the release before."""
+
+    def test_its_disk_boots_to_ready_and_a_login(self) -> None:
+        self.boot_to_a_login("scsi" if self.release == RELEASE else "nvme")
+
+
+class Arm64RecipeCase(RecipeCase):
+    """The recipe with the README's variables for Arm64, on a machine of another architecture."""
+
+    vm = Arm64RecipeDisk
+    made_for = "arm64"
+    tools = (*RecipeCase.tools, machine.MACHINES["arm64"][0], "update-binfmts", "arch-test")
+    emulation: "ClassVar[Optional[subprocess.Popen[bytes]]]" = None
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.emulation = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-euc", EMULATION],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=sandbox.environment(),
+            start_new_session=True,
+        )
+        assert cls.emulation.stdout
+        if not cls.emulation.stdout.readline():
+            raise AssertionError("the kernel does not run programs for Arm64")
+        try:
+            super().setUpClass()
+        except BaseException:
+            cls.emulation.communicate()
+            raise
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        super().tearDownClass()
+        assert cls.emulation
+        cls.emulation.communicate()
+
+    def test_its_disk_boots_to_ready_and_a_login(self) -> None:
+        self.boot_to_a_login("nvme")
+
+
+class ReadmeTest(unittest.TestCase):
+    """What can be seen of the recipe without running it."""
+
+    def test_it_has_no_more_lines_than_it_may(self) -> None:
+        self.assertLessEqual(len(recipe().splitlines()), LINES)
+
+    def test_the_readme_has_the_line_for_arm64(self) -> None:
+        self.assertIn(AMD64, recipe())
+        self.assertIn(f"`{ARM64}`", section())
+
+    def test_it_stops_at_its_first_error_and_the_shell_that_it_is_pasted_into_goes_on(self) -> None:
+        stand_in = "rm() { :; }; mkdir() { :; }; cd() { :; }; mmdebstrap() { return 25; }; chroot() { echo on; }\n"
+        done = subprocess.run(
+            ["sh", "-c", stand_in + recipe() + "echo $?"], stdout=subprocess.PIPE, encoding="ascii", check=True
+        )
+        self.assertEqual(done.stdout, "25\n")
+
+
+globals().update(cases(Amd64RecipeCase, "RecipeTest", VARIABLE, "bookworm", RELEASE))
+globals().update(cases(Arm64RecipeCase, "Arm64RecipeTest", ARM64_VARIABLE, RELEASE))
 
 if __name__ == "__main__":
     unittest.main()

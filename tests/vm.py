@@ -534,6 +534,13 @@ class VM:
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "")
 
 
+def ssh_command(vm: VM, azure: Azure, user: str, key: str, *command: str) -> Sequence[str]:
+    """Return the command line of a real SSH client at the far end, which runs command in vm. key is a file's path."""
+    options = ["-F", "none", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o", "IdentitiesOnly=yes"]
+    options += ["-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-i", key]
+    return [*azure.enter(), "ssh", *options, f"{user}@{vm.addresses()[0]}", *command]
+
+
 @contextlib.contextmanager
 def explained(vm: VM, azure: Azure) -> Iterator[None]:
     """Print all there is to know about vm if the body of the with statement fails."""
