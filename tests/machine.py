@@ -289,7 +289,7 @@ class Disk(VM):
         self.console = tempfile.TemporaryFile()  # noqa: SIM115
         self.overlay = lab.path(f"overlay{VM.count}")
         with open(image, "rb") as file:
-            file.seek(-512, os.SEEK_END)
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 512))
             is_vhd = file.read(8) == b"conectix"
         # The footer's size is what Azure goes by, and not its geometry.
         form = {"driver": "vpc", "force_size_calc": "current_size"} if is_vhd else {"driver": "raw"}
@@ -562,7 +562,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     if options.boot:
         files = [options.boot, *FIRMWARE[options.architecture, not options.no_secure_boot]]
         files += [options.key, options.key + ".pub"] if options.key else []
-        missing += [name for name in files if not os.path.isfile(name)]
+        missing += [name for name in files if not os.path.exists(name)]
     if missing or os.geteuid() != 0:
         print(f"this takes root and {', '.join(missing) or 'no more'}", file=sys.stderr)
         return 1
@@ -577,6 +577,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
                 vm.install("--user")
                 faults = cut_power_at_random(vm, options.power_cuts, options.seed)
             print(f"{options.power_cuts} power cuts, {len(faults)} faults")
+    except subprocess.CalledProcessError as error:  # which has said why
+        print(f"{error.cmd[0]}: exit status {error.returncode}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     finally:

@@ -7,6 +7,8 @@ import os
 import re
 import struct
 import subprocess
+import sys
+import tempfile
 import time
 import unittest
 from typing import Any, ClassVar, Optional, Sequence, Type
@@ -144,6 +146,21 @@ class Amd64RecipeCase(RecipeCase):
     def test_its_disk_boots_to_ready_and_a_login(self) -> None:
         self.boot_to_a_login("scsi" if self.release == RELEASE else "nvme")
 
+    def test_a_disk_from_which_nothing_boots_is_told(self) -> None:
+        test: Any = self
+        zeros = self.lab.path("zeros")
+        with open(zeros, "wb") as file:
+            file.truncate(64 * MEBIBYTE)
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.machine", "--boot", zeros, "--timeout", "20"],
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            cwd=sandbox.REPOSITORY,
+            check=False,
+        )
+        told = "===== asked of Azure\nnothing\nnot within 20 s: a health report\n"
+        test.assertEqual((done.returncode, done.stdout[-len(told) :]), (1, told))
+
 
 class Arm64RecipeCase(RecipeCase):
     """The recipe with the README's variables for Arm64, on a machine of another architecture."""
@@ -192,10 +209,15 @@ class ReadmeTest(unittest.TestCase):
         self.assertIn(f"`{ARM64}`", section())
 
     def test_it_stops_at_its_first_error_and_the_shell_that_it_is_pasted_into_goes_on(self) -> None:
-        stand_in = "rm() { :; }; mkdir() { :; }; cd() { :; }; mmdebstrap() { return 25; }; chroot() { echo on; }\n"
-        done = subprocess.run(
-            ["sh", "-c", stand_in + recipe() + "echo $?"], stdout=subprocess.PIPE, encoding="ascii", check=True
-        )
+        stand_in = "mmdebstrap() { return 25; }; chroot() { echo on; }\n"
+        with tempfile.TemporaryDirectory() as directory:
+            done = subprocess.run(
+                ["sh", "-c", stand_in + recipe() + "echo $?"],
+                stdout=subprocess.PIPE,
+                encoding="ascii",
+                cwd=directory,
+                check=True,
+            )
         self.assertEqual(done.stdout, "25\n")
 
 
