@@ -1,6 +1,5 @@
 """install.sh --generalize on made-up roots: what an image forgets, what it keeps, and what is no image yet."""
 
-import contextlib
 import os
 import pty
 import re
@@ -54,6 +53,11 @@ OWN = (
     "home/alice/.local/share/fish/fish_history",
     "srv/bob/.bash_history",
     "var/log/journal/0123456789abcdef0123456789abcdef/system.journal",
+    "var/log/syslog",
+    "var/log/wtmp",
+    "var/log/btmp",
+    "var/log/lastlog",
+    "var/log/apt/history.log",
     "var/log/syslog.1",
     "var/log/syslog.2.gz",
     "var/log/messages-20260101",
@@ -63,7 +67,6 @@ OWN = (
     "var/lib/wtmpdb/wtmp.db",
     "var/lib/dbus/machine-id",
 )
-LOGS = ("var/log/syslog", "var/log/wtmp", "var/log/btmp", "var/log/lastlog", "var/log/apt/history.log")
 # What may look like it, and belongs to the image.
 KEPT = (
     "etc/ssh/sshd_config",
@@ -85,7 +88,7 @@ class GeneralizeCase(InstallCase):
 
     def setUp(self) -> None:
         super().setUp()
-        for name in (*OWN, *LOGS, *KEPT):
+        for name in (*OWN, *KEPT):
             self.write(name, "the builder's\n")
         self.write("etc/machine-id", "0123456789abcdef0123456789abcdef\n")
         self.write("etc/hostname", "builder\n")
@@ -135,8 +138,6 @@ class ForgetTest(GeneralizeCase):
                 self.assertEqual((done.returncode, done.stderr), (0, ""), done)
                 after = self.tree()
                 self.assertEqual(set(OWN) & set(after), set())
-                self.assertEqual({name: after[name][1] for name in LOGS}, dict.fromkeys(LOGS, ""))
-                self.assertEqual({name: after[name][0] for name in LOGS}, {name: before[name][0] for name in LOGS})
                 self.assertEqual({name: after[name] for name in KEPT}, {name: before[name] for name in KEPT})
                 self.assertEqual(after["etc/machine-id"][:2], (0o100444, ""))
                 self.assertEqual(after["etc/hostname"][:2], (0o100644, "localhost\n"))
@@ -158,6 +159,7 @@ class ForgetTest(GeneralizeCase):
         for name in ("dhcp", "dhclient", "dhcpcd", "waagent", "cloud", "NetworkManager"):
             self.assertEqual(os.path.isdir(self.path("var/lib/" + name)), True, name)
         self.assertEqual(os.listdir(self.path("var/log/journal")), [])
+        self.assertEqual(os.listdir(self.path("var/log/apt")), [])
 
     def test_each_thing_that_it_forgot_is_one_line(self) -> None:
         said = self.check_generalized()
@@ -169,7 +171,7 @@ class ForgetTest(GeneralizeCase):
         self.check_generalized()
         before = self.tree()
         self.assertNotIn("forgot", self.check_generalized())
-        self.assertEqual(self.tree(), before)
+        self.assertEqual(self.entries(), self.entries(before))
 
     def test_an_image_of_an_image_is_armed_again(self) -> None:
         self.check_generalized()
@@ -213,20 +215,9 @@ class ForgetTest(GeneralizeCase):
         self.link("/var/lib/dbus/machine-id", "etc/machine-id")
         self.check_generalized()
 
-    def test_a_file_that_is_replaced_keeps_its_label(self) -> None:
-        label = "user.label" if os.geteuid() else "trusted.label"
-        labelled = []
-        for name in ("etc/hostname", "etc/machine-id"):
-            with contextlib.suppress(OSError):  # a file system without labels has none to lose
-                os.setxattr(self.path(name), label, b"of its own")
-                labelled.append(name)
-        self.check_generalized()
-        for name in labelled:
-            self.assertEqual(os.getxattr(self.path(name), label), b"of its own")
-
     def test_an_interruption_leaves_no_image_that_looks_done(self) -> None:
         # Whatever command fails, or is the last: the machine ID is still there, and a second run does the rest.
-        for command in ("chmod", "truncate", "find", "mktemp", "ln", "grep"):
+        for command in ("chmod", "rm", "mv", "find", "mktemp", "ln", "grep", "cksum"):
             with self.subTest(command):
                 self.setUp()
                 failing = f'mkdir /run/bin; printf "#!/bin/sh\\nkill -9 \\$PPID\\n" >/run/bin/{command}; '
@@ -334,7 +325,7 @@ class ForgetTest(GeneralizeCase):
 
     def test_what_is_done_at_shutdown_cannot_be_asked_for(self) -> None:
         before = self.tree()
-        self.assertEqual(self.install("--forget").returncode, 2)
+        self.assertEqual(self.install("--at-shutdown").returncode, 2)
         self.assertEqual(self.tree(), before)
 
 
@@ -354,19 +345,26 @@ class OutsideTest(GeneralizeCase):
         self.check_generalized()
         self.assertLessEqual({"var/log/directory", "var/log/file.log"}, set(self.tree()))
 
-    def test_a_directory_that_is_reached_through_a_link_is_the_image_s(self) -> None:
+    def test_a_directory_that_is_reached_through_a_link_in_the_image_is_the_image_s(self) -> None:
         for name in ("var/lib/waagent", "var/log", "etc/ssh", "home", "var/lib/NetworkManager"):
             with self.subTest(name):
                 self.setUp()
-                os.makedirs(self.outside + "/waagent")
-                inside = os.path.join(self.root, self.outside[1:], "elsewhere")
-                os.makedirs(os.path.dirname(inside))
-                os.rename(self.path(name), inside)
-                self.link(self.outside + "/elsewhere", name)
-                shutil.copytree(inside, self.outside + "/elsewhere")
+                os.rename(self.path(name), self.path("elsewhere"))
+                self.link("../" * name.count("/") + "elsewhere", name)
                 self.check_generalized()
                 left = {file for file, entry in self.tree().items() if entry[1] == "the builder's\n"}
                 self.assertEqual(len(left), len(KEPT), left)
+
+    def test_a_directory_that_is_reached_through_a_link_out_of_the_image_is_told_and_left(self) -> None:
+        for name in ("var/lib/waagent", "var/log", "etc/ssh", "home", "home/alice", "var/lib/NetworkManager"):
+            for exists in (True, False):
+                with self.subTest(name, exists=exists):
+                    self.setUp()
+                    os.rename(self.path(name), self.path("elsewhere"))
+                    self.link(self.outside + "/elsewhere" if exists else "/elsewhere", name)
+                    if exists:
+                        shutil.copytree(self.path("elsewhere"), self.outside + "/elsewhere")
+                    self.check_is_no_image(f"/{name} in .* is a link that leads nowhere in it")
 
     def test_a_file_that_is_a_link_is_removed_and_not_its_target(self) -> None:
         for name in ("etc/ssh/ssh_host_rsa_key", "root/.bash_history", "var/lib/systemd/random-seed"):
@@ -383,14 +381,6 @@ class OutsideTest(GeneralizeCase):
         os.link(self.outside + "/victim", self.path("root/.bash_history2_history"))
         self.check_generalized()
         self.assertNotIn("var/log/linked.log", self.tree())
-
-    def test_logs_in_a_directory_of_somebody_else_are_removed(self) -> None:
-        # There a log may have become a link by the time it is opened to be cut.
-        self.write("var/log/service/x.log", "the builder's")
-        if os.geteuid() == 0:
-            os.chown(self.path("var/log/service"), 1234, 1234)
-            self.check_generalized()
-            self.assertNotIn("var/log/service/x.log", self.tree())
 
     def test_what_is_no_file_is_not_read(self) -> None:
         fifos = ("etc/fstab", "etc/shadow", "etc/netplan/x.yaml", "home/alice/.ssh/authorized_keys", "var/log/x.log")
@@ -423,41 +413,19 @@ class OutsideTest(GeneralizeCase):
         before = self.tree()
         done = self.install("--generalize", "--force")
         self.assertEqual((done.returncode, done.stdout), (1, ""), done)
-        self.assertIn("/etc/machine-id is a directory", done.stderr)
+        self.assertRegex(done.stderr, "/etc/machine-id is there in .* and is no file")
         self.assertEqual(self.tree(), before)
 
 
 class HostKeysTest(GeneralizeCase):
-    """A unit makes host keys where nothing else does it."""
-
-    def test_it_is_there_only_with_an_sshd_that_has_no_such_unit(self) -> None:
-        service = "[Service]\nExecStart=/usr/sbin/sshd -D\n"
-        first_boot = "[Unit]\nConditionFirstBoot=yes\n[Service]\nExecStart=ssh-keygen -A\n"
-        for name, units, wanted in (
-            ("Debian 12", {"ssh.service": service}, True),
-            ("Debian 13", {"ssh.service": service, "sshd-keygen.service": first_boot}, True),
-            ("Fedora", {"sshd.service": "[Unit]\nWants=sshd-keygen.target\n" + service}, False),
-            ("Arch", {"sshd.service": "[Unit]\nWants=sshdgenkeys.service\n" + service}, False),
-            ("openSUSE", {"sshd.service": service + "ExecStartPre=/usr/sbin/sshd-gen-keys-start\n"}, False),
-            ("a later Debian", {"ssh.service": service, "sshd-keygen.service": first_boot[32:]}, False),
-            ("none", {}, False),
-        ):
-            with self.subTest(name):
-                self.setUp()
-                os.unlink(self.path("usr/lib/systemd/system/ssh.service"))
-                if not units:
-                    os.unlink(self.path("usr/sbin/sshd"))
-                for unit, text in units.items():
-                    self.write("usr/lib/systemd/system/" + unit, text)
-                self.check_generalized()
-                self.assertEqual((SSH_UNIT in self.tree(), SSH_WANTS in self.tree()), (wanted, wanted))
+    """A unit makes the host keys that nothing else has made."""
 
     def test_it_makes_only_what_is_missing_and_is_skipped_where_nothing_is(self) -> None:
         self.check_generalized()
         text = str(self.tree()[SSH_UNIT][1])
         for kind in ("rsa", "ecdsa", "ed25519"):
             self.assertIn(f"\nConditionFileNotEmpty=|!/etc/ssh/ssh_host_{kind}_key\n", text)
-        self.assertIn("\nExecStart=/usr/bin/ssh-keygen -A\n", text)
+        self.assertIn("\nExecStart=-/usr/bin/ssh-keygen -A\n", text)
         self.assertIn("\nBefore=ssh.service sshd.service ssh.socket sshd.socket azure-provisioning.service\n", text)
         self.assertIn("\nTimeoutStartSec=300\n", text)
 

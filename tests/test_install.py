@@ -7,7 +7,7 @@ import stat
 import subprocess
 import tempfile
 import unittest
-from typing import Dict, Tuple
+from typing import Dict, Optional, Tuple
 
 from tests import sandbox
 
@@ -62,7 +62,7 @@ class InstallCase(unittest.TestCase):
 
     def library(self, name: str) -> None:
         self.write(name + "/json/__init__.py")
-        self.write(name + "/xml/etree/ElementTree.py")
+        self.write(name + "/xml/parsers/expat.py")
 
     def unit(self, name: str, enabled_by: str = "multi-user.target") -> None:
         """Put a unit of the distribution there and enable it."""
@@ -85,6 +85,10 @@ class InstallCase(unittest.TestCase):
                 changed = 0 if stat.S_ISDIR(status.st_mode) else status.st_mtime_ns
                 found[os.path.relpath(path, top or self.root)] = (status.st_mode, content, changed)
         return found
+
+    def entries(self, tree: Optional[Dict[str, Tuple[object, ...]]] = None) -> Dict[str, Tuple[object, ...]]:
+        """Return what is in the root, or in a tree of it, without times."""
+        return {name: entry[:2] for name, entry in (tree or self.tree()).items()}
 
     def install(
         self,
@@ -176,7 +180,7 @@ class InstallTest(InstallCase):
         self.check_installed()
         before = self.tree()
         self.check_installed()
-        self.assertEqual(self.tree(), before)
+        self.assertEqual(self.entries(), self.entries(before))
 
     def test_a_second_time_arms_the_unit_again(self) -> None:
         self.check_installed()
@@ -198,13 +202,16 @@ class InstallTest(InstallCase):
         self.assertEqual((done.returncode, done.stderr), (0, ""), done)
         self.assertRegex(done.stdout, r"\Auninstalled from .*/image root\n\Z")
 
-    def test_an_absolute_link_in_the_image_stays_in_the_image(self) -> None:
+    def test_a_relative_link_in_the_image_is_followed(self) -> None:
+        # As where /usr is read-only: OSTree's.
         shutil.rmtree(self.path("usr/local"))
-        os.makedirs(self.path("var/usrlocal/sbin"))
-        self.link("/var/usrlocal", "usr/local")
+        os.makedirs(self.path("var/usrlocal"))
+        self.link("../var/usrlocal", "usr/local")
         done = self.install()
-        self.assertEqual(done.returncode, 0, done)
+        self.assertEqual((done.returncode, done.stderr), (0, ""), done)
         self.assertIn("var/usrlocal/sbin/azure-provisioning", self.tree())
+        self.assertEqual(self.install("--uninstall").returncode, 0)
+        self.assertNotIn("var/usrlocal/sbin/azure-provisioning", self.tree())
 
 
 class SelinuxTest(InstallCase):
@@ -257,16 +264,11 @@ class PythonTest(InstallCase):
         self.check_refused("no Python 3.6 or later")
 
     def test_a_python_without_its_standard_library_is_refused(self) -> None:
-        for module in ("json/__init__.py", "xml/etree/ElementTree.py"):
+        for module in ("json/__init__.py", "xml/parsers/expat.py"):
             with self.subTest(module):
                 self.setUp()
                 os.unlink(self.path("usr/lib/python3.11/" + module))
                 self.check_refused("libpython3-stdlib")
-
-    def test_a_loop_of_links_is_refused(self) -> None:
-        os.unlink(self.path("usr/bin/python3"))
-        self.link("python3", "usr/bin/python3")
-        self.check_refused("no Python 3.6 or later")
 
 
 class RefusalTest(InstallCase):
@@ -336,12 +338,6 @@ class RefusalTest(InstallCase):
 class OutsideTest(InstallCase):
     """Whatever is in the image: nothing beside it is touched, and what is called installed is."""
 
-    def chain(self, length: int, name: str, target: str) -> None:
-        """Make name the first of a chain of symbolic links, of which the last one leads to target."""
-        for number in range(length - 1):
-            self.link(f"/links/{number}", name if number == 0 else f"links/{number - 1}")
-        self.link(target, f"links/{length - 2}")
-
     def test_the_name_of_a_temporary_file_may_be_taken(self) -> None:
         for name in (PROGRAM, UNIT, PRESET):
             self.link(self.outside + "/victim", name + ".new")
@@ -356,14 +352,14 @@ class OutsideTest(InstallCase):
                 with self.subTest(name, target=target):
                     self.setUp()
                     self.link(self.outside + target, name)
-                    self.check_refused_but_for_force("is a symbolic link")
+                    self.check_refused_but_for_force("somebody changed /" + name)
 
     def test_a_link_in_place_of_the_link_is_not_followed(self) -> None:
         for target in ("/directory", "/victim", "/missing"):
             with self.subTest(target):
                 self.setUp()
                 self.link(self.outside + target, WANTS)
-                self.check_refused_but_for_force("does not lead to the unit")
+                self.check_refused_but_for_force("somebody changed /" + WANTS)
 
     def test_what_is_neither_file_nor_link_is_refused_whatever_is_said(self) -> None:
         for name in (PROGRAM, UNIT, PRESET, WANTS):
@@ -375,36 +371,33 @@ class OutsideTest(InstallCase):
 
     def test_a_file_in_place_of_the_link_is_refused(self) -> None:
         self.write(WANTS, "[Unit]\n")
-        self.check_refused("is no link")
+        self.check_refused_but_for_force("somebody changed /" + WANTS)
 
-    def test_forty_links_are_followed_and_more_are_refused(self) -> None:
-        for length in (2, 39, 40, 41, 42, 100):
-            with self.subTest(length):
-                self.setUp()
-                os.rmdir(self.path("usr/local/sbin"))
-                self.chain(length, "usr/local/sbin", self.outside if length > 40 else "/opt/sbin")
-                if length > 40:
-                    self.check_refused("more than 40 symbolic links", "--force")
-                else:
-                    self.assertEqual(self.install().returncode, 0)
-                    self.assertIn("opt/sbin/azure-provisioning", self.tree())
-
-    def test_a_link_whose_target_ends_in_a_newline_is_followed_to_the_letter(self) -> None:
-        os.rmdir(self.path("usr/local/sbin"))
-        self.link("/opt/sbin\n", "usr/local/sbin")
-        self.assertEqual(self.install().returncode, 0)
-        self.assertIn("opt/sbin\n/azure-provisioning", self.tree())
-
-    def test_links_to_what_is_missing_stay_in_the_image(self) -> None:
-        os.rmdir(self.path("usr/local/sbin"))
-        self.link(self.outside + "/directory/new", "usr/local/sbin")
-        self.link("../../../../../../../../../.." + self.outside + "/presets", "etc/systemd/system-preset")
-        self.assertEqual(self.install().returncode, 0)
-        inside = self.outside[1:]
-        self.assertLessEqual(
-            {inside + "/directory/new/azure-provisioning", inside + "/presets/" + os.path.basename(PRESET)},
-            set(self.tree()),
-        )
+    def test_a_directory_that_is_a_link_out_of_the_image_is_refused_whatever_is_said(self) -> None:
+        os.makedirs(self.path("opt/sbin"))
+        for name in ("usr/local/sbin", "usr/local", "etc/systemd/system-preset", os.path.dirname(WANTS)):
+            # Absolute links are this machine's, and one to itself is nobody's.
+            for target in (
+                self.outside,
+                "/opt/sbin",
+                "/missing",
+                "../../../../../../../../tmp",
+                os.path.basename(name),
+            ):
+                for action in ([], ["--uninstall"]):
+                    with self.subTest(name, target=target, action=action):
+                        if os.path.islink(self.path(name)):
+                            os.unlink(self.path(name))
+                        elif os.path.isdir(self.path(name)):
+                            shutil.rmtree(self.path(name))
+                        self.link(target, name)
+                        before = self.tree()
+                        done = self.install(*action, "--force")
+                        self.assertEqual((done.returncode, done.stdout), (1, ""), done)
+                        self.assertIn(f"is out of reach in {self.root}: /{name} is no directory in it", done.stderr)
+                        self.assertEqual(self.tree(), before)
+            os.unlink(self.path(name))
+            os.mkdir(self.path(name))
 
     def test_what_is_enabled_outside_is_not_looked_at(self) -> None:
         os.makedirs(self.outside + "/x.target.wants")
@@ -511,10 +504,10 @@ class UserTest(InstallCase):
         self.assertRegex(done.stdout, r"\Ainstalled and enabled in .*: .*creates the user\n\Z")
         after = self.tree()
         self.assertEqual(set(after) - set(before), {USER, os.path.dirname(USER)})
-        self.assertEqual({name: after[name] for name in before}, before)
+        self.assertEqual({name: after[name][:2] for name in before}, self.entries(before))
         self.assertEqual(after[USER][0], 0o100644)
         self.assertEqual(self.install("--user").returncode, 0)
-        self.assertEqual(self.tree(), after)
+        self.assertEqual(self.entries(), self.entries(after))
         self.assertEqual(self.install("--uninstall").returncode, 0)
         self.assertEqual({name for name in self.tree() if "azure-provisioning" in name}, set())
 
@@ -525,7 +518,7 @@ class UserTest(InstallCase):
         done = self.install()
         self.assertEqual((done.returncode, done.stderr), (0, ""), done)
         self.assertIn(f"removed /{USER}, ", done.stdout)
-        self.assertEqual(self.tree(), before)
+        self.assertEqual(self.entries(), self.entries(before))
         self.assertNotIn("removed", self.install().stdout)
 
     def test_the_drop_in_runs_the_step_and_disarms_itself_as_the_unit_does(self) -> None:
@@ -617,11 +610,6 @@ class OthersTest(InstallCase):
         self.check_installed()
         self.check_whole()
 
-    def test_the_preset_of_version_1_0_0_is_replaced(self) -> None:
-        self.write(PRESET, "enable azure-provisioning.service\n")
-        self.check_installed()
-        self.check_whole()
-
     def test_a_wrong_owner_or_mode_is_put_right(self) -> None:
         self.check_installed()
         os.chmod(self.path(PROGRAM), 0o777)
@@ -663,23 +651,6 @@ class OthersTest(InstallCase):
             done = self.install("--uninstall", *force)
             self.assertEqual((done.returncode, done.stderr.count(": left /")), (0, 4), done)
             self.assertEqual(self.tree(), before)
-
-    def test_uninstall_leaves_a_preset_directory_that_was_there(self) -> None:
-        os.mkdir(self.path("etc/systemd/system-preset"))
-        before = self.tree()
-        self.check_installed()
-        self.check_installed()
-        self.assertEqual(self.install("--uninstall").returncode, 0)
-        self.assertEqual(self.tree(), before)
-
-    def test_uninstall_stays_in_the_image(self) -> None:
-        shutil.rmtree(self.path("usr/local/sbin"))
-        os.symlink(PROGRAM, self.outside + "/azure-provisioning")
-        self.link(self.outside, "usr/local/sbin")
-        self.assertEqual(self.install("--uninstall", "--force").returncode, 0)
-        os.unlink(self.path("usr/local/sbin"))
-        self.link("sbin", "usr/local/sbin")
-        self.check_refused("more than 40 symbolic links", "--uninstall")
 
     def test_what_an_image_is_called_cannot_command_the_terminal(self) -> None:
         os.rename(self.root, self.root + "\x1b[2J\n")
