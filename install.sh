@@ -92,7 +92,7 @@ generalize() {
     say "generalized ${root:-/}: capture it before it boots again"
 }
 
-# What a captured image must not carry, each line with what is done and why. Paths in ~ are those of every home.
+# What a captured image must not carry, or what is told of it, each line with what is done and why. Paths in ~ are those of every home.
 # /etc/machine-id comes last: an image that has one is an image that is not done.
 forgotten() {
     cat <<'end'
@@ -128,6 +128,11 @@ clear       /var/log/journal                        journal, filed under the old
 clear_files /var/log                                logs
 remove      /var/lib/lastlog/*                      times of logins
 remove      /var/lib/wtmpdb/*                       times of logins and boots
+keep        ~/.ssh/id_*                             private keys, which every VM will have
+keep        ~/.azure                                credentials, which every VM will have
+keep        ~/.aws                                  credentials, which every VM will have
+keep        ~/.netrc                                passwords, which every VM will have
+keep        ~/.git-credentials                      passwords, which every VM will have
 unname      /etc/hostname                           host name, under which every VM would first ask for a lease
 remove_file /var/lib/dbus/machine-id                machine ID, which systemd would put back from here
 blank       /etc/machine-id                         machine ID
@@ -151,6 +156,17 @@ bound() {
 /etc/network                interfaces          ^[[:space:]]*hwaddress[[:space:]].*${hex}[:-] remove the line
 /etc/network/interfaces.d   *                   ^[[:space:]]*hwaddress[[:space:]].*${hex}[:-] remove the line
 /etc/udev/rules.d           *.rules             ^[^#]*($address.*$named|$named.*$address) remove the line
+end
+}
+
+# The other provisioning agents: their units, and the command that is enough against them.
+agents() {
+    disable="systemctl ${root:+--root=$root }disable"
+    cat <<end
+cloud-init   cloud-[cfi]*.service       touch $root/etc/cloud/cloud-init.disabled
+waagent      wa*agent.service           $disable walinuxagent waagent; or let it bring extensions alone, by Provisioning.Agent=disabled in /etc/waagent.conf
+azure-init   azure-init*.service        $disable azure-init
+afterburn    afterburn-checkin.service  $disable afterburn-checkin
 end
 }
 
@@ -448,12 +464,13 @@ forget() {
         journalctl --relinquish-var || warn 'journald keeps writing to /var/log/journal: generalize a mounted image'
     fi
     while read -r how what whose <&3; do
-        changed=''
+        changed='' kept=''
         case $what in
             '~'/*) in_homes "$how" "${what#?}" ;;
             *) "$how" "$what" ;;
         esac
         [ -z "$changing" ] || [ -z "$changed" ] || say "forgot $what: $whose"
+        [ -z "$changing" ] || [ -z "$kept" ] || say "left$kept: $whose"
     done 3<<end
 $(forgotten)
 end
@@ -461,15 +478,19 @@ end
 
 # in_homes HOW FILES: do it in the home of everybody.
 in_homes() {
-    "$1" "/root$2"
-    if enter /home; then
-        for home in ./*; do "$1" "/home${home#.}$2"; done
-    fi
-    file /etc/passwd || return 0
-    # The last line may lack its end, as with all who read these files.
-    while IFS=: read -r _ _ _ _ _ home _ || [ -n "$home" ]; do
-        case $home in /*) "$1" "$home$2" ;; esac
-    done <"$name"
+    while read -r home; do
+        "$1" "$home$2"
+    done <<end
+$(homes)
+end
+}
+
+homes() {
+    {
+        echo /root
+        ! enter /home || find . -mindepth 1 -maxdepth 1 | sed 's|^\.|/home|'
+        ! file /etc/passwd || cut -d: -f6 "$name"
+    } | sed -n 's|^\(/.*[^/]\)/*$|\1|p' | sort -u
 }
 
 # look_in DIR: enter it, to forget what is there, or fail.
@@ -498,6 +519,13 @@ clear_files() { delete "$1" -type f; }
 remove() { delete "${1%/*}" -maxdepth 1 -name "${1##*/}" ! -type d; }
 # Where it is a link, that leads to what is made anew in each boot.
 remove_file() { delete "${1%/*}" -maxdepth 1 -name "${1##*/}" -type f; }
+
+# keep FILES: but say so, unless it is the public half of a key.
+keep() {
+    look_in "${1%/*}" || return 0
+    found=$(find . -xdev -mindepth 1 -maxdepth 1 -name "${1##*/}" ! -name '*.pub' | sed "s|^\.|${1%/*}|")
+    kept=$kept${found:+ $found}
+}
 
 # unname PATH: to the name that DHCP clients do not send, whatever systemd's name for the nameless is.
 unname() {
@@ -615,15 +643,16 @@ has_library() {
 }
 
 check_agents() {
-    for agent in cloud-init walinuxagent waagent azure-init afterburn-checkin; do
-        if [ "$agent" = cloud-init ] && file /etc/cloud/cloud-init.disabled; then
-            continue
-        fi
-        if [ -n "$(enabled "$agent*.service")" ]; then
-            object "$agent is enabled in ${root:-/}, and two provisioning agents fight: disable it"
-            return
-        fi
-    done
+    while read -r agent pattern command; do
+        case $agent in # one that is told not to provision does not fight
+            cloud-init) ! file /etc/cloud/cloud-init.disabled || continue ;;
+            waagent) ! file /etc/waagent.conf || ! grep -q '^Provisioning\.Agent *= *disabled' "$name" || continue ;;
+        esac
+        found=$(enabled "$pattern")
+        [ -z "$found" ] || object "$agent is enabled in ${root:-/} by $found, and two provisioning agents fight: $command"
+    done <<end
+$(agents)
+end
 }
 
 # check_reach PATH...: their directories must be there, or possible to make.

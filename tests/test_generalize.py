@@ -652,6 +652,22 @@ class LeftTest(GeneralizeCase):
         self.write("etc/ssh/sshd_config", "HostKey /srv/key\n")
         self.assertRegex(self.left()[0], "left SSH host keys that every VM will have: /etc/ssh/sshd_config names")
 
+    def test_secrets_in_homes(self) -> None:
+        secrets = ("home/alice/.ssh/id_ed25519", "root/.netrc", "home/alice/.azure/x", "srv/bob/.aws/x", "root/.ssh/id_x")
+        for name in (*secrets, "home/alice/.git-credentials", "home/alice/.ssh/id_ed25519.pub", "root/.ssh/config"):
+            self.write(name, "secret")
+        self.assertEqual(
+            self.left(),
+            [
+                "left /home/alice/.ssh/id_ed25519 /root/.ssh/id_x: private keys, which every VM will have",
+                "left /home/alice/.azure: credentials, which every VM will have",
+                "left /srv/bob/.aws: credentials, which every VM will have",
+                "left /root/.netrc: passwords, which every VM will have",
+                "left /home/alice/.git-credentials: passwords, which every VM will have",
+            ],
+        )
+        self.assertLessEqual(set(secrets), set(self.tree()))
+
     def test_names_cannot_command_the_terminal(self) -> None:
         self.write("etc/passwd", "a\x1b[2Jb:hash:1000:1000::/home/alice:/bin/sh\n")
         self.assertEqual(self.left(), ["left what opens every VM, a password of: a?[2Jb"])

@@ -284,17 +284,44 @@ class RefusalTest(InstallCase):
         self.check_installed()
 
     def test_another_agent_that_is_enabled_is_refused_and_forced(self) -> None:
-        for agent, name, target in (
-            ("cloud-init", "cloud-init-local.service", "cloud-init.target"),
-            ("walinuxagent", "walinuxagent.service", "multi-user.target"),
-            ("waagent", "waagent.service", "multi-user.target"),
-            ("azure-init", "azure-init.service", "multi-user.target"),
-            ("afterburn-checkin", "afterburn-checkin.service", "multi-user.target"),
+        for agent, name, target, remedy in (
+            ("cloud-init", "cloud-init-local.service", "cloud-init.target", "touch {}/etc/cloud/cloud-init.disabled"),
+            ("cloud-init", "cloud-final.service", "cloud-init.target", "touch {}/etc/cloud/cloud-init.disabled"),
+            ("waagent", "walinuxagent.service", "multi-user.target", "systemctl --root={} disable walinuxagent"),
+            ("waagent", "waagent.service", "multi-user.target", "Provisioning.Agent=disabled in /etc/waagent.conf"),
+            ("azure-init", "azure-init.service", "multi-user.target", "systemctl --root={} disable azure-init"),
+            ("afterburn", "afterburn-checkin.service", "x.target", "systemctl --root={} disable afterburn-checkin"),
         ):
-            with self.subTest(agent):
+            with self.subTest(name):
                 self.setUp()
                 self.unit(name, target)
-                self.check_refused_but_for_force(agent + " is enabled in")
+                remedy = ".*" + re.escape(remedy.format(self.root))
+                self.check_refused_but_for_force(f"{agent} is enabled in .* by {re.escape(name)}, and two .*{remedy}")
+
+    def test_all_agents_that_are_enabled_are_told_each_with_its_units(self) -> None:
+        for name in ("cloud-init.service", "cloud-config.service", "walinuxagent.service"):
+            self.unit(name)
+        done = self.install()
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr, r"cloud-init is enabled in .* by cloud-config\.service cloud-init\.service, .*\n.*wa")
+        self.assertEqual(len(done.stderr.splitlines()), 2)
+
+    def test_an_agent_that_is_told_not_to_provision_is_let_be(self) -> None:
+        self.unit("walinuxagent.service")
+        for line, refused in (
+            ("Provisioning.Agent=disabled", False),
+            ("Provisioning.Agent = disabled", False),
+            ("#Provisioning.Agent=disabled", True),
+            ("Provisioning.Agent=auto", True),
+            # WALinuxAgent 2.2.45 and later do not look at it.
+            ("Provisioning.Enabled=n", True),
+        ):
+            with self.subTest(line):
+                self.write("etc/waagent.conf", f"# waagent\n{line}\nOS.EnableRDMA=n\n")
+                if refused:
+                    self.check_refused("waagent is enabled in")
+                else:
+                    self.check_installed()
 
     def test_another_agent_that_is_not_enabled_is_no_obstacle(self) -> None:
         self.write("usr/lib/systemd/system/cloud-init.service")
