@@ -92,8 +92,8 @@ generalize() {
     say "generalized ${root:-/}: capture it before it boots again"
 }
 
-# What a captured image must not carry, or what is told of it, each line with what is done and why. Paths in ~ are those of every home.
-# /etc/machine-id comes last: an image that has one is an image that is not done.
+# What a captured image must not carry, or what is told of it, each line with what is done and why. Paths in ~ are those
+# of every home. /etc/machine-id comes last: an image that has one is an image that is not done.
 forgotten() {
     cat <<'end'
 remove      /etc/ssh/ssh_host_*                     SSH host keys, by which every VM could pose as every other
@@ -119,7 +119,6 @@ remove      /var/lib/systemd/credential.secret      secret of systemd-creds
 clear       /var/lib/waagent                        state of the Azure Linux Agent, with a password in it
 clear       /var/lib/cloud                          state of cloud-init, with the user data in it
 clear       /var/lib/azure-init                     state of azure-init
-remove      /etc/azure-provisioning.unfinished      mark of a user half made, who would be unmade in every VM
 remove      ~/.*_history                            histories of shells and other programs
 remove      ~/.history                              history of a shell
 remove      ~/.histfile                             history of zsh
@@ -161,9 +160,10 @@ end
 
 # The other provisioning agents: their units, and the command that is enough against them.
 agents() {
-    disable="systemctl ${root:+--root=$root }disable"
+    shown=$(printf %s "$root" | tr '\n' '?') # a line is a row
+    disable="systemctl ${shown:+--root=$shown }disable"
     cat <<end
-cloud-init   cloud-[cfi]*.service       touch $root/etc/cloud/cloud-init.disabled
+cloud-init   cloud-[cfi]*.service       touch $shown/etc/cloud/cloud-init.disabled
 waagent      wa*agent.service           $disable walinuxagent waagent; or let it bring extensions alone, by Provisioning.Agent=disabled in /etc/waagent.conf
 azure-init   azure-init*.service        $disable azure-init
 afterburn    afterburn-checkin.service  $disable afterburn-checkin
