@@ -5,7 +5,7 @@ umask 022
 export LC_ALL=C # what is in an image may be in no encoding at all
 
 usage='usage: install.sh [--user] [--root DIR] [--force]
-       install.sh --generalize [--root DIR] [--force]
+       install.sh --generalize [--remove-user NAME]... [--yes] [--root DIR] [--force]
        install.sh --uninstall [--root DIR] [--force]
 
 Copy the program to /usr/local/sbin/azure-provisioning and its unit to /etc/systemd/system, and enable the unit, so that
@@ -15,6 +15,9 @@ it runs at the next boot. Run it again to enable the unit again, or to replace a
                 sudo without a password; installed again without --user, it does not any more
   --generalize  the last command before the capture: make the system forget whose it was (machine ID, host name, SSH
                 host keys, leases, logs, what other agents left), so that it can become many VMs, and enable the unit
+  --remove-user NAME
+                with --generalize, take away the account of who built the image, with its home, groups and rules of sudo
+  --yes         go on without a question
   --uninstall   take away all that was installed, but for what somebody else has changed since
   --root DIR    the system to work on: an image mounted at DIR, instead of this one
   --force       go on where this would refuse: although another provisioning agent is enabled, over what somebody else
@@ -78,6 +81,8 @@ generalize() {
     check_network_is_for_every_vm
     check_network_comes_up
     check_fstab
+    check_removal
+    see_what_opens
     forget # nothing yet, but object where that will not be possible
     confirm
     begin
@@ -85,6 +90,9 @@ generalize() {
     enable_unit "$ssh_unit"
     enable_unit "$unit"
     forget_again_at_shutdown
+    for account in $removed; do
+        remove_user "$account"
+    done
     forget
     relabel
     tell_what_is_left
@@ -221,16 +229,17 @@ object() {
 
 # confirm: ask whoever sits at a terminal whether it is this machine that is to forget; a script knows.
 confirm() {
-    if [ -n "$root" ] || [ -n "$refused" ] || [ ! -t 0 ]; then
+    if [ -n "$root$refused$yes" ] || [ ! -t 0 ]; then
         return
     fi
+    say "Accounts that stay and open every VM, by authorized keys:${with_keys:- none}; by a password:${with_password:- none}." >&2
     printf 'This machine will forget its SSH host keys, machine ID, host name, leases, logs and histories, for good.\n' >&2
     printf 'Nobody can log in before it has booted again. Go on? [y/N] ' >&2
     read -r answer || answer=''
     case $answer in [yY] | [yY][eE][sS]) ;; *) refuse 'this was not confirmed' ;; esac
 }
 
-changing='' temporary=''
+changing='' temporary='' copies=''
 begin() {
     [ -z "$refused" ] || exit 1
     changing=yes
@@ -239,6 +248,7 @@ begin() {
 end() {
     status=$?
     [ -z "$temporary" ] || rm -f "$temporary"
+    [ -z "$copies" ] || rm -rf "$copies"
     if [ -n "$changing" ] && [ "$status" != 0 ]; then
         warn "this failed half-way, and ${root:-/} is not what it should be: mend the cause and run it again"
     fi
@@ -575,20 +585,28 @@ at_shutdown() {
 }
 
 # What opens every VM is told: it may be what the image is for.
-tell_what_is_left() {
-    with_keys='' with_password=''
+see_what_opens() {
+    with_keys='' with_password='' with_sudo=''
     if file /etc/passwd; then
         while IFS=: read -r account _ _ _ _ home _ || [ -n "$account" ]; do
-            ! has_keys "$home/.ssh" || with_keys="$with_keys $account"
+            if stays "$account" && has_keys "$home/.ssh"; then
+                with_keys="$with_keys $account"
+                with_sudo=$with_sudo$(rules_for "$account" | sed 's/^/ /' | tr -d '\n')
+            fi
         done <"$name"
     fi
     for list in /etc/passwd /etc/shadow; do
         file "$list" || continue
         while IFS=: read -r account hash _ || [ -n "$account" ]; do
-            case $hash in x | '!'* | '*'*) ;; *) with_password="$with_password $account" ;; esac
+            case $hash in x | '!'* | '*'*) continue ;; esac
+            ! stays "$account" || with_password="$with_password $account"
         done <"$name"
     done
+}
+
+tell_what_is_left() {
     [ -z "$with_keys" ] || say "left what opens every VM, authorized keys of:$with_keys"
+    [ -z "$with_sudo" ] || say "left rules of sudo for them:$with_sudo"
     [ -z "$with_password" ] || say "left what opens every VM, a password of:$with_password"
     for files in sshd_config 'sshd_config.d/*.conf'; do
         having /etc/ssh "$files" '^[[:space:]]*[Hh][Oo][Ss][Tt][Kk][Ee][Yy][[:space:]=]'
@@ -608,6 +626,84 @@ has_keys() {
         fi
     done
     return 1
+}
+
+# The accounts that --remove-user names.
+
+stays() {
+    case " $removed " in *" $1 "*) return 1 ;; esac
+}
+
+# rule_of ACCOUNT: print what a line with a rule of sudo for it begins with.
+rule_of() {
+    printf '^"?%s"?[[:space:]]' "$(printf %s "$1" | sed 's/\./[.]/g')"
+}
+
+# rules_for ACCOUNT: print the files that have such lines.
+rules_for() {
+    having /etc/sudoers.d '*' "$(rule_of "$1")"
+}
+
+# find_account NAME: set uid and home to those of the account, or fail.
+find_account() {
+    file /etc/passwd || return
+    while IFS=: read -r listed _ uid _ _ home _ || [ -n "$listed" ]; do
+        [ "$listed" != "$1" ] || return 0
+    done <"$name"
+    return 1
+}
+
+check_removal() {
+    for account in $removed; do
+        if ! find_account "$account" || [ "$uid" = 0 ]; then
+            refuse "no account $account in ${root:-/} that could be removed"
+        fi
+    done
+    [ -z "$removed" ] || command -v userdel >/dev/null || refuse 'this machine has no userdel'
+}
+
+remove_user() {
+    find_account "$1"
+    remove_from_lists "$1"
+    remove_home
+    for spool in /var/mail /var/spool/mail /var/spool/cron /var/spool/cron/crontabs /var/lib/systemd/linger; do
+        remove "$spool/$1"
+    done
+    rules_for "$1" | while read -r rules; do
+        put 440 "$rules" sed -E "/$(rule_of "$1")/d; /^# User rules for $1\$/d" "./${rules##*/}"
+        grep -q '^[[:space:]]*[^#[:space:]]' "$name" || rm "$name"
+    done
+    say "removed the account $1"
+}
+
+# Where it is below /home and nobody else's.
+remove_home() {
+    if file /etc/passwd && ! cut -d: -f6 "$name" | grep -qxF -e "$home" &&
+        enter /home && homes=$PWD && enter "$home" && [ "$PWD" != "${PWD#"$homes"/}" ]; then
+        find . -xdev -mindepth 1 -delete
+        rmdir "$PWD"
+    else
+        say "left the home $home"
+    fi
+}
+
+# By this machine's userdel, but on copies: in an image it would follow links, and do what login.defs says.
+remove_from_lists() {
+    copies=$(mktemp -d)
+    mkdir "$copies/etc"
+    echo 'USERGROUPS_ENAB yes' >"$copies/etc/login.defs"
+    for list in passwd shadow group gshadow subuid subgid; do
+        ! file "/etc/$list" || cp -p "$name" "$copies/etc/$list"
+    done
+    userdel --prefix "$copies" --force "$1"
+    for list in passwd shadow group gshadow subuid subgid; do
+        file "/etc/$list" || continue
+        temporary=$(mktemp "$name.XXXXXX")
+        cp -p "$copies/etc/$list" "$temporary"
+        mv -f "$temporary" "$name"
+    done
+    temporary=''
+    rm -r "$copies"
 }
 
 # What has to hold before anything is changed.
@@ -738,7 +834,7 @@ misused() {
     exit 2
 }
 
-root='' action=install user='' force=''
+root='' action=install user='' removed='' yes='' force=''
 while [ $# -gt 0 ]; do
     case $1 in
         --root=?*) root=${1#--root=} ;;
@@ -755,6 +851,12 @@ while [ $# -gt 0 ]; do
             [ "$0" = "$again" ] || misused
             action=at_shutdown
             ;;
+        --remove-user)
+            case ${2:-} in '' | -* | *[!A-Za-z0-9._-]*) misused ;; esac
+            removed="$removed $2"
+            shift
+            ;;
+        --yes) yes=yes ;;
         --user) user=yes ;;
         --force) force=yes ;;
         -h | --help)
@@ -766,6 +868,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 [ -z "$user" ] || [ "$action" = install ] || misused
+[ -z "$removed$yes" ] || [ "$action" = generalize ] || misused
 case $0 in
     /*) here=${0%/*} ;;
     */*) here=$PWD/${0%/*} ;;

@@ -265,6 +265,7 @@ class ForgetTest(GeneralizeCase):
 
     def test_who_sits_at_a_terminal_is_asked(self) -> None:
         code = 'sh "$0" --generalize --force; status=$?; cat /etc/machine-id; exit $status'
+        code = "echo alice::1:1::/home/alice: >>/etc/passwd; " + code
         for answer, status in (("y\n", 0), ("YES\n", 0), ("n\n", 1), ("\n", 1), ("\x04", 1), (None, 0)):
             with self.subTest(answer):
                 ours, theirs = pty.openpty()
@@ -275,6 +276,7 @@ class ForgetTest(GeneralizeCase):
                 os.close(theirs)
                 self.assertEqual(done.returncode, status, done)
                 self.assertEqual("Go on? [y/N]" in done.stderr, answer is not None)
+                self.assertEqual("by a password: alice." in done.stderr, answer is not None)
                 self.assertEqual(done.stdout.endswith("0123\n"), status == 1)
 
     def test_the_running_system_forgets_once_more_when_it_is_shut_down(self) -> None:
@@ -613,6 +615,103 @@ class NoImageTest(GeneralizeCase):
         self.assertEqual(self.tree(), before)
 
 
+class RemoveUserTest(GeneralizeCase):
+    """The builder's account goes, and nobody else's."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        for name, text in {
+            "passwd": "{}{}:x:1002:1002:the builder:/home/{}:/bin/sh\n",
+            "shadow": "{}{}:$6$hash:1::::::\n",
+            "group": "root:x:0:\nsudo:x:27:{1},alice\nadm:x:4:alice,{1}\n{1}:x:1002:\nalice:x:1000:\n",
+            "gshadow": "sudo:*:{1}:{1},alice\n{1}:!::\nalice:!::\n",
+            "subuid": "{1}:100000:65536\nalice:165536:65536\n",
+            "subgid": "{1}:100000:65536\nalice:165536:65536\n",
+        }.items():
+            before = str(self.tree()["etc/" + name][1]) if os.path.exists(self.path("etc/" + name)) else ""
+            self.write("etc/" + name, text.format(before, "azureuser", "azureuser"))
+        os.chmod(self.path("etc/shadow"), 0o640)
+        for name in (".ssh/authorized_keys", ".bashrc", "work/of/his"):
+            self.write("home/azureuser/" + name, "his\n")
+        for name in ("var/mail/azureuser", "var/spool/cron/crontabs/azureuser", "var/lib/systemd/linger/azureuser"):
+            self.write(name, "his\n")
+        rule = "azureuser ALL=(ALL) NOPASSWD:ALL\n"
+        self.write(
+            "etc/sudoers.d/90-cloud-init-users", f"# Created by cloud-init\n\n# User rules for azureuser\n{rule}"
+        )
+        self.write("etc/sudoers.d/waagent", rule)
+        self.write("etc/sudoers.d/90-azure-provisioning-azureuser", '"azureuser" ALL=(ALL:ALL) NOPASSWD:ALL\n')
+        self.write("etc/sudoers.d/both", rule + "alice ALL=(ALL) ALL\n")
+        self.write("etc/sudoers.d/azureuser2", "azureuser2 ALL=(ALL) ALL\n")
+
+    def test_nothing_of_the_account_is_left(self) -> None:
+        for shell in (("sh",), ("busybox", "sh")):
+            with self.subTest(shell):
+                self.setUp()
+                before = self.tree()
+                done = self.install("--generalize", "--remove-user", "azureuser", shell=shell)
+                self.assertEqual((done.returncode, done.stderr), (0, ""), done)
+                self.assertIn("\nremoved the account azureuser\n", "\n" + done.stdout)
+                after = self.tree()
+                kept = "etc/sudoers.d/azureuser2"
+                self.assertEqual([name for name in after if "azureuser" in name and name != kept], [])
+                self.assertEqual([name for name in after if "azureuser" in str(after[name][1]) and name != kept], [])
+                self.assertEqual([name for name in after if after[name][1] == "his\n"], [])
+                self.assertEqual(after["etc/sudoers.d/both"][:2], (0o100440, "alice ALL=(ALL) ALL\n"))
+                self.assertEqual(after[kept], before[kept])
+                self.assertEqual(after["etc/group"][1], "root:x:0:\nsudo:x:27:alice\nadm:x:4:alice\nalice:x:1000:\n")
+                self.assertEqual(after["etc/shadow"][0], 0o100640)
+                for name in ("etc/passwd", "etc/shadow"):
+                    lines = str(before[name][1]).splitlines(keepends=True)
+                    self.assertEqual(after[name][1], "".join(line for line in lines if "azureuser" not in line))
+
+    def test_more_than_one_account(self) -> None:
+        self.check_generalized("--remove-user", "azureuser", "--remove-user", "alice")
+        self.assertEqual(
+            [line.split(":")[0] for line in str(self.tree()["etc/passwd"][1]).splitlines()], ["root", "bob"]
+        )
+
+    def test_who_cannot_be_removed_is_refused(self) -> None:
+        for name in ("nobody-here", "root", "azureuse", "azureuser2"):
+            self.check_refused(f"no account {name} in .* that could be removed", "--generalize", "--remove-user", name)
+        for name in ("", "-x", "a b", "a/b", "*"):
+            self.assertEqual(self.install("--generalize", "--remove-user", name).returncode, 2)
+        self.assertEqual(self.install("--remove-user", "azureuser").returncode, 2)
+
+    def test_a_home_that_is_not_its_alone_is_left_and_told(self) -> None:
+        passwd = str(self.tree()["etc/passwd"][1])
+        for home in ("/", "/home", "/etc", "/home/alice", "/home/../etc", "/missing"):
+            with self.subTest(home):
+                self.setUp()
+                self.write("etc/passwd", passwd.replace("/home/azureuser", home))
+                self.assertIn(f"left the home {home}\n", self.check_generalized("--remove-user", "azureuser"))
+                self.assertLessEqual({"home/alice/notes", "home/azureuser/.bashrc"}, set(self.tree()))
+
+    def test_links_lead_nowhere_else(self) -> None:
+        shutil.rmtree(self.path("home/azureuser"))
+        self.link(self.outside, "home/azureuser")
+        for name in ("passwd-", "passwd+", "passwd.lock", "subuid-", "login.defs", "sudoers.d/x"):
+            self.link(self.outside + "/victim", "etc/" + name)
+        done = self.install("--generalize", "--remove-user", "azureuser", "--force")
+        self.assertEqual(done.returncode, 0, done)
+        self.assertIn("left the home /home/azureuser", done.stdout)
+        self.assertNotIn("azureuser", str(self.tree()["etc/passwd"][1]))
+
+    def test_what_login_defs_says_is_not_done(self) -> None:
+        command, told = self.outside + "/command", self.outside + "/was-run"
+        with open(command, "w", encoding="utf-8") as file:
+            file.write(f"#!/bin/sh\necho >{told}\n")
+        os.chmod(command, 0o755)
+        self.write("etc/login.defs", f"USERDEL_CMD {command}\n")
+        self.check_generalized("--remove-user", "azureuser")
+        self.assertFalse(os.path.exists(told))
+
+    def test_who_is_removed_opens_no_vm(self) -> None:
+        self.assertIn("authorized keys of: azureuser\n", self.check_generalized())
+        self.use()
+        self.assertNotIn("left ", self.check_generalized("--remove-user", "azureuser"))
+
+
 class LeftTest(GeneralizeCase):
     """What opens every VM is told by name, and kept."""
 
@@ -653,7 +752,13 @@ class LeftTest(GeneralizeCase):
         self.assertRegex(self.left()[0], "left SSH host keys that every VM will have: /etc/ssh/sshd_config names")
 
     def test_secrets_in_homes(self) -> None:
-        secrets = ("home/alice/.ssh/id_ed25519", "root/.netrc", "home/alice/.azure/x", "srv/bob/.aws/x", "root/.ssh/id_x")
+        secrets = (
+            "home/alice/.ssh/id_ed25519",
+            "root/.netrc",
+            "home/alice/.azure/x",
+            "srv/bob/.aws/x",
+            "root/.ssh/id_x",
+        )
         for name in (*secrets, "home/alice/.git-credentials", "home/alice/.ssh/id_ed25519.pub", "root/.ssh/config"):
             self.write(name, "secret")
         self.assertEqual(
@@ -667,6 +772,12 @@ class LeftTest(GeneralizeCase):
             ],
         )
         self.assertLessEqual(set(secrets), set(self.tree()))
+
+    def test_rules_of_sudo_for_accounts_with_keys(self) -> None:
+        self.write("home/alice/.ssh/authorized_keys", "ssh-ed25519 AAAA alice\n")
+        self.write("etc/sudoers.d/90-cloud-init-users", "bob ALL=(ALL) ALL\nalice ALL=(ALL) NOPASSWD:ALL\n")
+        self.write("etc/sudoers.d/bob", "bob ALL=(ALL) ALL\n")
+        self.assertEqual(self.left()[1:], ["left rules of sudo for them: /etc/sudoers.d/90-cloud-init-users"])
 
     def test_names_cannot_command_the_terminal(self) -> None:
         self.write("etc/passwd", "a\x1b[2Jb:hash:1000:1000::/home/alice:/bin/sh\n")

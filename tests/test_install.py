@@ -303,7 +303,9 @@ class RefusalTest(InstallCase):
             self.unit(name)
         done = self.install()
         self.assertEqual(done.returncode, 1)
-        self.assertRegex(done.stderr, r"cloud-init is enabled in .* by cloud-config\.service cloud-init\.service, .*\n.*wa")
+        self.assertRegex(
+            done.stderr, r"cloud-init is enabled in .* by cloud-config\.service cloud-init\.service, .*\n.*wa"
+        )
         self.assertEqual(len(done.stderr.splitlines()), 2)
 
     def test_an_agent_that_is_told_not_to_provision_is_let_be(self) -> None:
