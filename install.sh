@@ -357,6 +357,10 @@ end
 # Sorted before what an administrator calls budget.conf, or the like, so that that is heard last.
 the_user_dropin() {
     cat <<'end'
+[Unit]
+# It may be a file system of its own.
+RequiresMountsFor=/home
+
 [Service]
 ExecStart=
 ExecStart=/usr/local/sbin/azure-provisioning hostname user ready
@@ -370,6 +374,9 @@ CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_FOWNER CAP_SETGID CAP_SETUI
 ProtectHome=no
 ReadWritePaths=-/home
 InaccessiblePaths=-/root -/run/user
+# sshd is asked whom it lets in, and tells only where there is this directory, which its own unit makes later in the boot.
+RuntimeDirectory=sshd
+RuntimeDirectoryPreserve=yes
 end
 }
 
