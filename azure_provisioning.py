@@ -10,28 +10,34 @@ coming up and against services that answer late, wrongly or not at all. So it ke
 and depends on nothing but Python's standard library, 3.6 or later. It is read from a cold disk and waited for: import
 nothing here that is not needed on the way to Ready.
 
+The sections are in the order in which a VM lives them:
+
+    Messages, Trying again, Transport    what all others use
+    WireServer                           the report: Ready, or why not
+    IMDS                                 what the VM was created with
+    Files and programs, Host name        the name, here and in the files that repeat it
+    The lease                            has the DHCP client send a name that was changed: the DNS has it from there
+    The user                             only for those who ask for the step user: install.sh --user
+    The steps, and the command line      main() runs the steps in their order
+
 The page it stands in for: https://learn.microsoft.com/azure/virtual-machines/linux/no-agent
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no traceback, nor is it one while the rest is imported
-
+import collections
 import contextlib
-import functools
+import errno
 import os
 import re
 import socket
 import stat
 import sys
 import time
-from xml.etree import ElementTree
+from xml.parsers import expat
 
 TYPE_CHECKING = False  # typing is for mypy alone
 if TYPE_CHECKING:
     import pwd
-    from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
+    from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar
 
     Result = TypeVar("Result")
 
@@ -40,25 +46,29 @@ __version__ = "1.1.0"
 WIRESERVER = "168.63.129.16"  # https://learn.microsoft.com/azure/virtual-network/what-is-ip-address-168-63-129-16
 WIRESERVER_TIMEOUT = 1200.0  # seconds; the platform gives up on a VM after 20 to 40 minutes
 IMDS = "169.254.169.254"  # https://learn.microsoft.com/azure/virtual-machines/instance-metadata-service
-IMDS_TIMEOUT = 120.0  # seconds; Ready waits for it, so it is a small part of the other
+IMDS_TIMEOUT = 120.0  # seconds with a network; Ready waits for it, so it is a small part of the other
+IMDS_TIMEOUT_FOR_USER = 300.0  # without its user the VM is useless, so this is as long as others wait
 
 ATTEMPT_LIMIT = 10.0  # seconds for one attempt, whatever the peer does
 FIRST_PAUSE = 0.25  # seconds between the starts of two attempts, then twice that, and so on
 LONGEST_PAUSE = 5.0
 LONGEST_RETRY_AFTER = 30.0
 LAST_ATTEMPT = 1.0  # seconds that are left for it at the end of a timeout
+TELL_AGAIN = 60.0  # seconds after which a failure is told once more that has not changed
 
 
 class ProvisioningError(Exception):
     """What can go wrong in a VM, in one line: what was asked, of whom, and what came back.
 
-    status is that of the HTTP answer, 0 if there was none; retry_after are the seconds that the service asked to wait.
+    status is that of the HTTP answer, 0 if there was none; retry_after are the seconds that the service asked to wait;
+    offline says that there is no network yet.
     """
 
-    def __init__(self, message: str, status: int = 0, retry_after: float = 0.0) -> None:
+    def __init__(self, message: str, status: int = 0, retry_after: float = 0.0, offline: bool = False) -> None:
         super().__init__(message)
         self.status = status
         self.retry_after = retry_after
+        self.offline = offline
 
 
 # Messages: one line each, and none of them is worth stopping for.
@@ -84,48 +94,44 @@ def log(priority: int, message: str) -> None:
         os.write(2 if priority <= WARNING else 1, line.encode("utf-8", "backslashreplace"))
 
 
-def open_standard_streams() -> None:
-    """Open those of the three standard streams that are closed, or a message would go into the next socket's."""
-    with contextlib.suppress(OSError):  # no /dev/null is no reason not to report
-        while True:
-            descriptor = os.open(os.devnull, os.O_RDWR)
-            if descriptor > 2:
-                os.close(descriptor)
-                return
-
-
 # Trying again: on a network that is coming up, a refusal now is an answer in a minute.
 
 
-def keep_trying(attempt: "Callable[[float], Result]", timeout: float) -> "Result":
+def keep_trying(attempt: "Callable[[float], Result]", timeout: float, offline_timeout: float = 0.0) -> "Result":
     """Call attempt with a deadline, a time of time.monotonic(), and return what it returns.
 
     If it raises ProvisioningError, whatever the reason, it is called again until timeout, in seconds, is over; then
-    the last one is raised.
+    the last one is raised. The timeout begins when there is a network, offline_timeout seconds from now at the latest.
     """
-    end = time.monotonic() + timeout
+    started = time.monotonic()
+    end = started + timeout
     pause = FIRST_PAUSE
+    told, tell_again = "", 0.0
     while True:
-        started = time.monotonic()
+        begun = time.monotonic()
         try:
-            return attempt(min(started + ATTEMPT_LIMIT, end))
+            return attempt(min(begun + ATTEMPT_LIMIT, end))
         except ProvisioningError as error:
             failure = error
         now = time.monotonic()
+        if failure.offline:
+            end = min(now, started + offline_timeout) + timeout
         latest = end - LAST_ATTEMPT
         if now >= latest:
-            raise ProvisioningError(f"{failure}; gave up after {timeout:g} s")
+            raise ProvisioningError(f"{failure}; gave up after {end - started:.4g} s")
+        if str(failure) != told or now >= tell_again:
+            left = (started + offline_timeout + timeout if failure.offline else end) - now
+            log(WARNING, f"{failure}; trying again, for {left:.0f} s at most")
+            told, tell_again = str(failure), now + TELL_AGAIN
 
         import random  # here, because most VMs need it never, and it takes a tenth of what the step ready takes
 
         # Pauses count from the start of an attempt: a service that comes back is found within LONGEST_PAUSE, also when
         # an attempt takes long to fail. They vary by chance, so that VMs started together spread out.
-        regular = started + pause * random.uniform(0.5, 1)
+        regular = begun + pause * random.uniform(0.5, 1)
         soonest = now + FIRST_PAUSE * random.uniform(0.5, 1)
         asked_for = now + min(failure.retry_after, LONGEST_RETRY_AFTER)
-        wait = min(max(regular, soonest, asked_for), latest) - now
-        log(WARNING, f"{failure}; trying again in {wait:.1f} s")
-        time.sleep(wait)
+        time.sleep(min(max(regular, soonest, asked_for), latest) - now)
         pause = min(pause * 2, LONGEST_PAUSE)
 
 
@@ -133,7 +139,6 @@ def keep_trying(attempt: "Callable[[float], Result]", timeout: float) -> "Result
 # for the end of the headers, and has the email package parse them. https://www.rfc-editor.org/rfc/rfc9112
 
 ANSWER_LIMIT = 1 << 20  # bytes of an answer, headers and all; the longest real one has some 4 KiB
-HEADERS_LIMIT = 1 << 16
 
 
 def exchange(
@@ -154,14 +159,23 @@ def exchange(
     limit = deadline - time.monotonic()
     answer = None
     received = b""
+
+    def time_left() -> float:
+        seconds = deadline - time.monotonic()
+        if seconds <= 0:
+            raise socket.timeout
+        return seconds
+
     try:
         with socket.socket() as connection:
-            connection.settimeout(seconds_until(deadline))
+            if host in (WIRESERVER, IMDS):
+                use_default_interface(connection)
+            connection.settimeout(time_left())
             connection.connect((host, int(port or 80)))
-            connection.settimeout(seconds_until(deadline))
+            connection.settimeout(time_left())
             connection.sendall(request)
             while answer is None:
-                connection.settimeout(seconds_until(deadline))
+                connection.settimeout(time_left())
                 piece = connection.recv(1 << 16)
                 received += piece
                 if len(received) > ANSWER_LIMIT:
@@ -172,8 +186,8 @@ def exchange(
     except socket.timeout as error:
         raise ProvisioningError(f"{asked}: no complete answer within {max(limit, 0):.2g} s") from error
     except (OSError, ValueError) as error:
-        raise ProvisioningError(f"{asked}: {error!s:.200}") from error
-    log(DEBUG, f"{asked}: status {status}: {text:.3000}")
+        offline = isinstance(error, OSError) and error.errno in (errno.ENETUNREACH, errno.ENETDOWN)
+        raise ProvisioningError(f"{asked}: {error!s:.200}", offline=offline) from error
     if not 200 <= status < 300:
         # The errors of the WireServer are pages of HTML.
         detail = " ".join(re.sub("<[^<>]*>", " ", text[:1000]).split()) or reason
@@ -181,12 +195,24 @@ def exchange(
     return text
 
 
-def seconds_until(deadline: float) -> float:
-    """Return the seconds until time.monotonic() is deadline. Raises socket.timeout if it is."""
-    seconds = deadline - time.monotonic()
-    if seconds <= 0:
-        raise socket.timeout
-    return seconds
+def use_default_interface(connection: socket.socket) -> None:
+    """Have connection use the interface of the default route, the VM's first: on others nobody answers for Azure.
+
+    A route to 168.63.129.16 can lead out of another one, for it is the DNS server of each:
+    https://github.com/flatcar/init/pull/109. Before Linux 5.7 this takes CAP_NET_RAW, and is left to the routes.
+    """
+    with contextlib.suppress(OSError):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, default_interface().encode())
+
+
+def default_interface() -> str:
+    """Return the interface of the IPv4 default route, the preferred one if there are several; '' if there is none."""
+    routes = []
+    with contextlib.suppress(OSError), open("/proc/self/net/route", encoding="ascii") as file:
+        routes = [line.split() for line in file][1:]
+    # The columns are: interface, destination, gateway, flags, references, uses, metric, mask, and three more.
+    defaults = [(int(route[6]), route[0]) for route in routes if route[1] == route[7] == "00000000"]
+    return min(defaults)[1] if defaults else ""
 
 
 def parse_answer(received: bytes, ended: bool) -> "Optional[Tuple[int, str, float, bytes]]":
@@ -195,8 +221,6 @@ def parse_answer(received: bytes, ended: bool) -> "Optional[Tuple[int, str, floa
     ended says that nothing more will come. Raises ValueError if this is not, or will not become, an HTTP answer.
     """
     head, separator, rest = received.partition(b"\r\n\r\n")
-    if len(head) > HEADERS_LIMIT:
-        raise ValueError(f"headers of more than {HEADERS_LIMIT} bytes")
     if not separator:
         if ended:
             raise ValueError("the answer ends before its body" if received else "the connection ended, no answer")
@@ -261,56 +285,73 @@ def join_chunks(data: bytes) -> "Optional[bytes]":
 
 # WireServer: the goal state names this VM, the health report says how it is.
 
-WIRESERVER_HEADERS = {"x-ms-version": "2012-11-30", "x-ms-agent-name": "azure-provisioning"}
-DESCRIPTION_LIMIT = 512  # characters
-GOAL_STATE_LIMIT = 1 << 14  # characters; a real one has some 4 KiB
+WIRESERVER_HEADERS = {
+    "x-ms-version": "2012-11-30",
+    "x-ms-agent-name": "azure-provisioning",
+    "x-ms-guest-agent-name": f"azure-provisioning/{__version__}",
+    "User-Agent": f"azure-provisioning/{__version__}",
+}
+DESCRIPTION_LIMIT = 512  # characters, as others cut it
+HEALTH_REPORT = """<?xml version="1.0" encoding="utf-8"?>
+<Health>
+  <GoalStateIncarnation>{incarnation}</GoalStateIncarnation>
+  <Container>
+    <ContainerId>{container_id}</ContainerId>
+    <RoleInstanceList>
+      <Role>
+        <InstanceId>{instance_id}</InstanceId>
+        <Health>{health}</Health>
+      </Role>
+    </RoleInstanceList>
+  </Container>
+</Health>
+"""
+READY = "<State>Ready</State>"
+NOT_READY = """<State>NotReady</State>
+          <Details><SubStatus>ProvisioningFailed</SubStatus><Description>{}</Description></Details>"""
+
+GoalState = collections.namedtuple("GoalState", "incarnation container_id instance_id")
 
 
-def fetch_goal_state(address: str, deadline: float) -> "Dict[str, str]":
-    """Return ContainerId, InstanceId and Incarnation of the WireServer's goal state.
+def parse_goal_state(text: str) -> GoalState:
+    """Return what identifies this VM. Raises ValueError if text is no goal state, or one without all of that."""
+    path: List[str] = []
+    texts: Dict[Tuple[str, ...], str] = {}  # the first of each element down to the depth of the longest path below
 
-    Raises ProvisioningError if there is no answer, or if it is not a goal state with all three.
-    """
-    text = exchange(address, deadline, "GET", "/machine?comp=goalstate", WIRESERVER_HEADERS)
-    # The parser copies a namespace into each name that is in it: a mebibyte would become gigabytes.
-    if len(text) > GOAL_STATE_LIMIT:
-        raise ProvisioningError(f"the goal state of {address} has more than {GOAL_STATE_LIMIT} characters: refused")
-    # Entities that multiply are looked for in the text, not by the parser that would expand them. To it a NUL means
-    # UTF-16, whatever encoding it is told, and the declaration would be other bytes.
-    if "<!DOCTYPE" in text or "\0" in text:
-        raise ProvisioningError(f"the goal state of {address} has a DOCTYPE or a NUL: refused")
+    def refuse(*_: object) -> None:
+        raise ValueError("it has a DOCTYPE, and so entities, which can multiply")
+
+    parser = expat.ParserCreate("utf-8")
+    parser.buffer_text = True
+    parser.StartDoctypeDeclHandler = refuse
+    parser.StartElementHandler = lambda name, _: path.append(name)
+    parser.EndElementHandler = lambda _: path.pop()
+    parser.CharacterDataHandler = lambda data: texts.setdefault(tuple(path[:6]), data.strip())
     try:
-        root = ElementTree.fromstring(text)
-    except (ElementTree.ParseError, ValueError) as error:
-        raise ProvisioningError(f"the goal state of {address} is not XML: {error!s:.200}") from error
-    goal_state = {
-        "Incarnation": root.findtext("Incarnation", "").strip(),
-        "ContainerId": root.findtext("Container/ContainerId", "").strip(),
-        "InstanceId": root.findtext("Container/RoleInstanceList/RoleInstance/InstanceId", "").strip(),
-    }
-    missing = [name for name, value in goal_state.items() if not value]
-    if missing:
-        raise ProvisioningError("the goal state of {} has no {}".format(address, ", ".join(missing)))
+        parser.Parse(text, True)
+    except expat.ExpatError as error:
+        raise ValueError(f"it is not XML: {error}") from error
+    container = ("GoalState", "Container")
+    goal_state = GoalState(
+        incarnation=texts.get(("GoalState", "Incarnation")),
+        container_id=texts.get((*container, "ContainerId")),
+        instance_id=texts.get((*container, "RoleInstanceList", "RoleInstance", "InstanceId")),
+    )
+    if not all(goal_state):
+        raise ValueError(f"it lacks one of {', '.join(GoalState._fields)}")
     return goal_state
 
 
-def health_report(goal_state: "Dict[str, str]", failure: "Optional[str]" = None) -> bytes:
+def health_report(goal_state: GoalState, failure: "Optional[str]" = None) -> bytes:
     """Return the XML that reports Ready, or, for a failure, NotReady with it as the description."""
-    health = ElementTree.Element("Health")
-    ElementTree.SubElement(health, "GoalStateIncarnation").text = goal_state["Incarnation"]
-    container = ElementTree.SubElement(health, "Container")
-    ElementTree.SubElement(container, "ContainerId").text = goal_state["ContainerId"]
-    role = ElementTree.SubElement(ElementTree.SubElement(container, "RoleInstanceList"), "Role")
-    ElementTree.SubElement(role, "InstanceId").text = goal_state["InstanceId"]
-    role_health = ElementTree.SubElement(role, "Health")
-    ElementTree.SubElement(role_health, "State").text = "Ready" if failure is None else "NotReady"
+    escapes = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
+    health = READY
     if failure is not None:
-        details = ElementTree.SubElement(role_health, "Details")
-        ElementTree.SubElement(details, "SubStatus").text = "ProvisioningFailed"
         # Neither control characters nor the stray halves of surrogate pairs may stand in XML.
         allowed = re.sub("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", failure)
-        ElementTree.SubElement(details, "Description").text = allowed[:DESCRIPTION_LIMIT]
-    return ElementTree.tostring(health, encoding="utf-8")  # type: ignore[no-any-return]
+        health = NOT_READY.format(allowed[:DESCRIPTION_LIMIT].translate(escapes))
+    identifiers = {name: value.translate(escapes) for name, value in goal_state._asdict().items()}
+    return HEALTH_REPORT.format(health=health, **identifiers).encode()
 
 
 def report_health(address: str, deadline: float, failure: "Optional[str]" = None, dry_run: bool = False) -> None:
@@ -319,15 +360,20 @@ def report_health(address: str, deadline: float, failure: "Optional[str]" = None
     Both are one attempt, for a report for another incarnation than the current one, or for another container, is
     answered 410: https://github.com/coreos/afterburn/issues/461. Raises ProvisioningError if either fails.
     """
-    goal_state = fetch_goal_state(address, deadline)
+    text = exchange(address, deadline, "GET", "/machine?comp=goalstate", WIRESERVER_HEADERS)
+    log(DEBUG, f"{address} has the goal state {text:.3000}")
+    try:
+        goal_state = parse_goal_state(text)
+    except ValueError as error:
+        raise ProvisioningError(f"the goal state of {address}: {error!s:.200}") from error
     report = health_report(goal_state, failure)
     if dry_run:
-        log(INFO, f"would report to {address}: {report.decode()}")
+        log(INFO, f"would report to {address}: {' '.join(report.decode().split())}")
         return
     headers = dict(WIRESERVER_HEADERS, **{"Content-Type": "text/xml;charset=utf-8"})
     exchange(address, deadline, "POST", "/machine?comp=health", headers, report)
     state = "Ready" if failure is None else "NotReady"
-    log(INFO, "reported {} to {}, incarnation {}".format(state, address, goal_state["Incarnation"]))
+    log(INFO, f"reported {state} to {address}, incarnation {goal_state.incarnation}")
 
 
 # IMDS: what the VM was created with.
@@ -338,107 +384,89 @@ INSTANCE = "/metadata/instance?api-version=2021-08-01&extended=true"
 OLD_NAME = "/metadata/instance/compute/name?api-version=2019-06-01&format=text"  # as the documentation's sample asks
 OLD_IMDS_AFTER = 10.0  # seconds in which nothing but 400 came back: this IMDS does not know INSTANCE (Azure Stack Hub)
 
+# What is for the step user alone is as it came, for that step to judge; admin_username is None if it is not known.
+# ignored is what was given to the VM and is nothing for us.
+Instance = collections.namedtuple("Instance", "name admin_username public_keys passwords_disabled ignored")
 
-class Instance:
-    """What the IMDS document says of this VM, checked only for its types but for host_name, which is one.
 
-    admin_username is '' if there is no user, None if that is not known; public_keys are the texts that were given as
-    SSH keys; passwords_disabled says that the VM is to be entered by key.
+def fetch_instance(address: str, timeout: float, offline_timeout: float = 0.0) -> Instance:
+    """Return what IMDS at address says of this VM, or, of an old IMDS, the name alone.
+
+    Raises ProvisioningError if it says nothing within timeout, in seconds, see keep_trying().
     """
+    refused_since: Optional[float] = None
 
-    def __init__(
-        self,
-        host_name: str,
-        admin_username: "Optional[str]" = None,
-        public_keys: "Sequence[str]" = (),
-        passwords_disabled: bool = False,
-    ) -> None:
-        self.host_name = host_name
-        self.admin_username = admin_username
-        self.public_keys = public_keys
-        self.passwords_disabled = passwords_disabled
+    def attempt(deadline: float) -> Instance:
+        nonlocal refused_since
+        headers = {"Metadata": "true", "User-Agent": WIRESERVER_HEADERS["User-Agent"]}
+        headers["x-ms-client-request-id"] = os.urandom(16).hex()
+        try:
+            text = exchange(address, deadline, "GET", INSTANCE, headers)
+            refused_since = None
+        except ProvisioningError as error:
+            if error.status != 400:
+                refused_since = None
+                raise
+            refused_since = refused_since or time.monotonic()
+            if time.monotonic() - refused_since < OLD_IMDS_AFTER:
+                raise
+            name = exchange(address, deadline, "GET", OLD_NAME, headers).strip()
+            if not re.match(r"[A-Za-z0-9_.-]+\Z", name):
+                raise ProvisioningError(f"GET http://{address}{OLD_NAME}: not a name: {name!r:.80}") from error
+            return Instance(name, None, [], False, [])
+        try:
+            return parse_instance(text)
+        except ValueError as error:
+            raise ProvisioningError(f"GET http://{address}{INSTANCE}: {error}") from error
+
+    return keep_trying(attempt, timeout, offline_timeout)
 
 
 def parse_instance(text: str) -> Instance:
-    """Return what the IMDS document text says. Raises ValueError if it is none, or one without a usable name.
+    """Return what the IMDS document text says. Raises ValueError if it is none, or one without a name.
 
     VMs made from specialized disks have no computer name, and are called after the VM resource.
     """
     import json  # here, because a VM that only reports Ready does without: a tenth of what that step takes
 
     try:
-        compute = json.loads(text, parse_int=float)["compute"]  # int() of a million digits would take seconds
+        document = json.loads(text, parse_int=float)  # int() of a million digits would take seconds
+        compute = document["compute"]
         os_profile = compute.get("osProfile") or {}
-        computer_name, resource_name = (os_profile.get("computerName") or "").strip(), compute["name"].strip()
-        admin_username = os_profile.get("adminUsername") or ""
-        public_keys = [key["keyData"] for key in compute.get("publicKeys") or []]
-        passwords_disabled = str(os_profile.get("disablePasswordAuthentication")).lower() == "true"
+        name = (os_profile.get("computerName") or "").strip() or compute["name"].strip()
+        if not compute["name"]:
+            raise ValueError("it has no name")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"not an instance document: {type(error).__name__} {error!s:.100}") from error
-    for value in [admin_username, *public_keys]:
-        if not isinstance(value, str):
-            raise ValueError(f"not an instance document: {value!r:.80} is no text")
-    if not resource_name:
-        raise ValueError("not an instance document: it has no name")
-    host_name = valid_host_name(computer_name or resource_name)
-    if not host_name:
-        raise ValueError(f"nothing of {computer_name or resource_name!r:.80} can be a host name")
-    return Instance(host_name, admin_username, public_keys, passwords_disabled)
+    shown = re.sub(r'("userData"\s*:\s*")[^"]*', r"\1...", text)
+    letter = r'(?:[^"\\]|\\.)'
+    shown = re.sub(rf'("keyData"\s*:\s*"{letter}{{20}}){letter}*({letter}{{10}}")', r"\1...\2", shown)
+    log(DEBUG, f"IMDS has the document {shown:.3000}")
+    ignored = []
+    with contextlib.suppress(TypeError, KeyError):
+        if str(document["extended"]["compute"]["hasCustomData"]).lower() == "true":
+            ignored.append("custom data")
+    if compute.get("userData"):
+        ignored.append("user data")
+    # A string, but a boolean has been seen, too.
+    passwords_disabled = str(os_profile.get("disablePasswordAuthentication")).lower() == "true"
+    user, keys = os_profile.get("adminUsername") or "", compute.get("publicKeys") or []
+    return Instance(name, user, keys, passwords_disabled, ignored)
 
 
 def valid_host_name(name: str) -> str:
-    """Return name as a valid host name, see hostname(7); '' if nothing of it can stay.
+    """Return name as a valid host name, see hostname(7). Raises ProvisioningError if nothing of it can stay.
 
     VM resources may be called web_01, hosts may not.
     """
     labels = re.sub("[^A-Za-z0-9.-]", "-", name)[:64].split(".")
-    return ".".join(filter(None, (label.strip("-")[:63].rstrip("-") for label in labels)))
+    valid = ".".join(filter(None, (label.strip("-")[:63].rstrip("-") for label in labels)))
+    if not valid:
+        raise ProvisioningError(f"nothing of {name!r:.80} can be a host name")
+    return valid
 
 
-class InstanceMetadata:
-    """IMDS at address (HOST[:PORT]), asked for timeout seconds at most, and once only: see get()."""
-
-    def __init__(self, address: str, timeout: float) -> None:
-        self.address = address
-        self.timeout = timeout
-        self.refusing_since: Optional[float] = None
-        self.outcome: Union[Instance, ProvisioningError, None] = None
-
-    def get(self) -> Instance:
-        """Return what IMDS says of this VM. Raises ProvisioningError if it says nothing, and then always the same."""
-        if not self.outcome:
-            try:
-                self.outcome = keep_trying(self.attempt, self.timeout)
-            except ProvisioningError as error:
-                self.outcome = error
-        if isinstance(self.outcome, ProvisioningError):
-            raise self.outcome
-        return self.outcome
-
-    def attempt(self, deadline: float) -> Instance:
-        """Ask for the instance document, or, of an old IMDS, for the name alone. Raises ProvisioningError."""
-        headers = {"Metadata": "true"}
-        try:
-            text = exchange(self.address, deadline, "GET", INSTANCE, headers)
-            self.refusing_since = None
-        except ProvisioningError as error:
-            if error.status != 400:
-                self.refusing_since = None
-                raise
-            self.refusing_since = self.refusing_since or time.monotonic()
-            if time.monotonic() - self.refusing_since < OLD_IMDS_AFTER:
-                raise
-            name = exchange(self.address, deadline, "GET", OLD_NAME, headers).strip()
-            if not re.match(r"[A-Za-z0-9_.-]+\Z", name) or not valid_host_name(name):
-                raise ProvisioningError(f"GET http://{self.address}{OLD_NAME}: not a name: {name!r:.80}") from error
-            return Instance(valid_host_name(name))
-        try:
-            return parse_instance(text)
-        except ValueError as error:
-            raise ProvisioningError(f"GET http://{self.address}{INSTANCE}: {error}") from error
-
-
-# The machine: its files and its programs.
+# Files and programs.
 
 COMMAND_LIMIT = 15.0  # seconds
 FILE_LIMIT = 1 << 22  # characters
@@ -483,7 +511,7 @@ def read_file(path: str) -> str:
         return text
     except FileNotFoundError:
         return ""
-    except (OSError, ValueError) as error:  # the latter for a NUL in path
+    except OSError as error:
         raise ProvisioningError(f"read {path}: {error}") from error
 
 
@@ -493,18 +521,18 @@ def replace_file(path: str, text: str, mode: int = 0o644) -> None:
     Symbolic links in path are followed. Raises ProvisioningError if it cannot be written.
     """
     path = os.path.realpath(path)
-    is_new = not os.path.exists(path)
     temporary = path + ".azure-provisioning"
-    while os.path.isdir(temporary):
-        temporary += "~"
+    label = None
     try:
+        with contextlib.suppress(OSError):  # no such file yet, or no labels here
+            label = os.getxattr(path, SELINUX_LABEL)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)  # a power cut left it
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with open(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             os.fchmod(descriptor, mode)
-            with contextlib.suppress(OSError):  # no such file yet, or no labels here
-                os.setxattr(descriptor, SELINUX_LABEL, os.getxattr(path, SELINUX_LABEL))  # which a rename leaves behind
+            if label:
+                os.setxattr(descriptor, SELINUX_LABEL, label)  # which a rename would leave behind
             file.write(text)
             file.flush()
             os.fsync(descriptor)
@@ -518,7 +546,7 @@ def replace_file(path: str, text: str, mode: int = 0o644) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise ProvisioningError(f"write {path}: {error}") from error
-    if is_new:
+    if not label:
         restore_label(path)
 
 
@@ -546,16 +574,11 @@ def host_name_is(name: str) -> bool:
 
 
 def set_host_name(name: str) -> None:
-    """Give this machine its name, now and for later boots. Raises ProvisioningError if it has not got it afterwards.
-
-    NetworkManager hears of a name from hostnamed alone. Nothing else that renews a lease asks it, and starting it takes
-    60 ms even from a warm disk, so that elsewhere its work is done here.
-    """
-    if os.path.isdir("/run/NetworkManager"):
-        try:
-            run("hostnamectl", "--no-ask-password", "set-hostname", name)
-        except ProvisioningError as error:
-            log(WARNING, f"{error}; setting the host name without it")
+    """Give this machine its name, now and for later boots. Raises ProvisioningError if it has not got it afterwards."""
+    # NetworkManager hears of a name from hostnamed alone, which it then has set. Nothing else that renews a lease asks
+    # it, and to start it takes 60 ms even from a warm disk: without NetworkManager its work is done here.
+    with contextlib.suppress(ProvisioningError):
+        run("nmcli", "general", "hostname", name)
     if not host_name_is(name):
         replace_file(ETC_HOSTNAME, name + "\n")
         try:
@@ -570,153 +593,103 @@ def rename_in_hosts(text: str, name: str) -> str:
     """Return text, that of ETC_HOSTS, with the host that the line of 127.0.1.1 names renamed to name.
 
     Debian's installer writes such a line: https://www.debian.org/doc/manuals/debian-reference/ch05#_the_hostname_resolution
-    The host keeps its domain, and other names on that line stay.
+    The host keeps its domain, unless name has one, and its short name; other names on that line stay.
     """
-    return "\n".join(rename_in_line(line, name) for line in text.split("\n"))
+    short, has_domain, _ = name.partition(".")
 
+    def rename(line: "re.Match[str]") -> str:
+        address, hosts = line.groups()
+        old = hosts.split()[0].partition(".")[0]
+        if name in hosts.split() or not old:
+            return line.group()
+        with_domain = rf"(?<=\s){re.escape(old)}(\.\S*)(?!\S)"
+        hosts = re.sub(with_domain, name if has_domain else name + r"\1", hosts)
+        alone = rf"(?<=\s){re.escape(old)}(?!\S)"
+        if has_domain and name not in hosts.split():
+            hosts = re.sub(alone, f"{name} {short}", hosts, count=1)
+        return address + re.sub(alone, short, hosts)
 
-def rename_in_line(line: str, name: str) -> str:
-    """Return line, one of ETC_HOSTS, with its host renamed to name if it is the line of 127.0.1.1."""
-    entry, mark, comment = line.partition("#")
-    words = re.split(r"(\s+)", entry)  # every second one is the space between two
-    address, *names = [word for word in words[::2] if word] or [""]
-    old = names[0].partition(".")[0] if names else ""
-    if address != "127.0.1.1" or not old or name in names:
-        return line
-    for index, word in enumerate(words):
-        host, dot, domain = word.partition(".")
-        if host == old and word != address:
-            words[index] = name if "." in name else name + dot + domain
-    return "".join(words) + mark + comment
+    return re.sub(r"(?m)^([ \t]*127\.0\.1\.1)([ \t]+[^\s#][^#\n]*)", rename, text)
 
 
 def update_hosts(name: str, dry_run: bool = False) -> None:
     """Rename the host in ETC_HOSTS to name. Raises ProvisioningError if that cannot be read or written."""
     hosts = read_file(ETC_HOSTS)
     renamed = rename_in_hosts(hosts, name)
-    if renamed == hosts:
-        return
-    if dry_run:
-        log(INFO, f"would rename 127.0.1.1 in {ETC_HOSTS} to {name}")
-        return
-    replace_file(ETC_HOSTS, renamed)
-    log(INFO, f"renamed 127.0.1.1 in {ETC_HOSTS} to {name}")
+    if renamed != hosts:
+        if not dry_run:
+            replace_file(ETC_HOSTS, renamed)
+        log(INFO, f"{'would rename' if dry_run else 'renamed'} 127.0.1.1 in {ETC_HOSTS} to {name}")
 
 
 # The lease: the virtual network's DNS learns the name from a DHCP client that asks again, and leases there never end.
 
+RENEWAL_LIMIT = 8.0  # seconds, also for each of the commands below
+RENEWALS = 2  # the second if the first has taken the network away: clients that hang have been seen
 
-# A client can be stuck: Debian 11's dhclient misses answers, https://bugs.launchpad.net/bugs/1926139
-RENEWAL_TRIES = 3
-RENEWAL_LIMIT = 8.0  # seconds for each
-
-
-class Renewal:
-    """How a DHCP client is made to ask again: by command, or, where that cannot be run here, by calling ask.
-
-    Both raise ProvisioningError. lease is the file that the client rewrites then, '' if they wait for that themselves.
-    """
-
-    def __init__(self, *command: str, lease: str = "", ask: "Optional[Callable[[], object]]" = None) -> None:
-        self.by_hand = " ".join(command)
-        self.ask = ask or functools.partial(run, *command, limit=RENEWAL_LIMIT)
-        self.lease = lease
-
-
-# Each client below looks whether interface has its lease from it, and returns how to renew that, else None.
-
-
-def networkd(interface: str) -> "Optional[Renewal]":
-    """systemd-networkd, by a command of systemd 244 and later: `networkctl renew` does not send the name."""
-    lease = f"/run/systemd/netif/leases/{socket.if_nametoindex(interface)}"
-    if not os.path.exists(lease):
-        return None
-    return Renewal("networkctl", "reconfigure", interface, lease=lease)
+# The DHCP clients, each by a command whose output fits the pattern if the client has the lease of the interface {}, by
+# the commands that make it ask again under the new name and wait for the answer, and, where no command waits, by the
+# file of the lease. All of it stands in the client's manual. Whoever adds one: install.sh knows what each leaves behind
+# and what binds it to one machine, tests/vm.py how it is set up, and the README names it.
+Client = collections.namedtuple("Client", "asked pattern commands lease")
+CLIENTS = (
+    Client(  # not `networkctl renew`, which does not send the name
+        "networkctl --no-pager status {}",
+        r"\(DHCP",
+        ("networkctl reconfigure {}", "/lib/systemd/systemd-networkd-wait-online --interface={} --timeout=8"),
+        "",
+    ),
+    Client(  # not `nmcli device reapply`, which does not send the name
+        "nmcli --get-values DHCP4.OPTION device show {}", ".", ("nmcli --wait 7 device connect {}",), ""
+    ),
+    Client("dhcpcd --dumplease {}", "ip_address=", ("dhcpcd --renew {}",), "/var/lib/dhcpcd/{}.lease"),
+    # ifupdown's: one that we started by ifup would die with our unit.
+    Client(
+        "systemctl --no-pager --full status", r"(?m)\bdhclient .* {}$", ("systemctl restart networking.service",), ""
+    ),
+)
 
 
-def network_manager(interface: str) -> "Optional[Renewal]":
-    """NetworkManager: `nmcli device reapply` does not send the name. A lease from the initrd's is in /run."""
-    device = read_file(f"/run/NetworkManager/devices/{socket.if_nametoindex(interface)}")
-    connection = re.search("(?m)^connection-uuid=(.+)", device)
-    directories = filter(os.path.isdir, ("/var/lib/NetworkManager", "/run/NetworkManager"))
-    leases = [file for directory in directories for file in os.listdir(directory)]
-    if not connection or not any(file.endswith(f"{connection.group(1)}-{interface}.lease") for file in leases):
-        return None
-    return Renewal("nmcli", "--wait", f"{RENEWAL_LIMIT - 1:.0f}", "device", "connect", interface)
+def run_for(interface: str, command: str) -> str:
+    """Run command for interface, whose place in it is {}, and return its output. Raises ProvisioningError."""
+    return run(*(word.format(interface) for word in command.split()), limit=RENEWAL_LIMIT)
 
 
-def ifupdown(interface: str) -> "Optional[Renewal]":
-    """ifupdown with dhclient: one that we started by ifup would die with our unit."""
-    if not os.path.exists(f"/run/network/ifstate.{interface}") or not os.path.exists(f"/run/dhclient.{interface}.pid"):
-        return None
-    return Renewal("systemctl", "restart", "networking.service")
-
-
-def dhcpcd(interface: str) -> "Optional[Renewal]":
-    """dhcpcd, by its socket: `dhcpcd -N` would have to signal a process of another user, which our unit may not.
-
-    Raises ProvisioningError if it does not send the host name: Debian 12's default.
-    """
-    lease = f"/var/lib/dhcpcd/{interface}.lease"
-    for prefix in (f"/run/dhcpcd/{interface}.", "/run/dhcpcd/"):  # one for this interface, or one for all
-        pid = read_file(prefix + "pid").strip()
-        if pid and read_file(f"/proc/{pid}/comm").strip() == "dhcpcd":
-            if not dhcpcd_sends_name(read_file("/etc/dhcpcd.conf"), interface):
-                raise ProvisioningError("dhcpcd sends no host name, for want of a line hostname in /etc/dhcpcd.conf")
-            ask = functools.partial(ask_dhcpcd, prefix + "sock", interface)
-            return Renewal("dhcpcd", "-N", interface, lease=lease, ask=ask)
+def find_client(interface: str) -> "Optional[Client]":
+    """Return the DHCP client that has the lease of interface, None if that is none of CLIENTS."""
+    for client in CLIENTS:
+        with contextlib.suppress(ProvisioningError):
+            if re.search(client.pattern.format(re.escape(interface)), run_for(interface, client.asked)):
+                return client
     return None
 
 
-def dhcpcd_sends_name(configuration: str, interface: str) -> bool:
-    """Whether a dhcpcd with this dhcpcd.conf(5) sends the host name, whatever it is, on interface."""
-    block = interface  # all of them, until the first block
-    for line in configuration.splitlines():
-        words = line.partition("#")[0].split()
-        if words[:1] in (["interface"], ["ssid"], ["profile"]):
-            block = words[-1] if words[0] == "interface" else ""
-        elif words == ["hostname"] and block == interface:
-            return True
-    return False
+def renew(client: Client, interface: str) -> None:
+    """Have client ask for the lease of interface again, and wait for it. Raises ProvisioningError."""
+    lease = client.lease.format(interface)
+    written = modified(lease)
+    for command in client.commands:
+        run_for(interface, command)
+    if lease and not wait_until(lambda: modified(lease) not in (0, written)):
+        raise ProvisioningError(f"{client.commands[0].format(interface)}: no new lease within {RENEWAL_LIMIT:g} s")
 
 
-def ask_dhcpcd(path: str, interface: str) -> None:
-    """Have the dhcpcd at the socket path renew the lease of interface; it does not answer. Raises ProvisioningError."""
+def modified(path: str) -> int:
+    """Return when the file path was written last, in nanoseconds; 0 if there is none."""
     try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(RENEWAL_LIMIT)
-            connection.connect(path)
-            connection.sendall(f"dhcpcd\0-N\0{interface}\0".encode())
-    except OSError as error:
-        raise ProvisioningError(f"ask {path} to renew {interface}: {error}") from error
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
 
 
-# Whoever adds one: install.sh knows its leases, its unit and what binds it to a MAC address, tests/vm.py how it is set
-# up, and the README names it.
-DHCP_CLIENTS = (networkd, network_manager, ifupdown, dhcpcd)
-
-
-def find_renewal(interface: str) -> "Optional[Renewal]":
-    """Return how the lease of interface is renewed, None if no client known here has one for it.
-
-    Raises ProvisioningError if one has it, but will not send the name.
-    """
-    for client in DHCP_CLIENTS:
-        with contextlib.suppress(OSError):  # the interface went away, say
-            renewal = client(interface)
-            if renewal:
-                return renewal
-    return None
-
-
-def default_interface() -> str:
-    """Return the interface of the IPv4 default route, the preferred one if there are several; '' if there is none."""
-    routes = []
-    with contextlib.suppress(ProvisioningError):
-        routes = [line.split() for line in read_file("/proc/self/net/route").splitlines()[1:]]
-    # The columns are: interface, destination, gateway, flags, references, uses, metric, mask, and three more.
-    defaults = [(int(route[6]), route[0]) for route in routes if route[1] == "00000000" and route[7] == "00000000"]
-    return min(defaults)[1] if defaults else ""
+def wait_until(condition: "Callable[[], bool]") -> bool:
+    """Return True once condition() does, False if it does not within RENEWAL_LIMIT."""
+    deadline = time.monotonic() + RENEWAL_LIMIT
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def is_connected(interface: str) -> bool:
@@ -729,80 +702,51 @@ def is_connected(interface: str) -> bool:
     return default_interface() == interface
 
 
-def modified(path: str) -> int:
-    """Return when the file path was written last, in nanoseconds; 0 if there is none."""
-    try:
-        return os.stat(path).st_mtime_ns
-    except OSError:
-        return 0
-
-
-def wait_until(condition: "Callable[[], bool]", deadline: float) -> bool:
-    """Return True once condition() does, False if it does not until time.monotonic() is deadline."""
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
-
-
 def publish_host_name(name: str, dry_run: bool = False) -> None:
     """Have the DHCP client of the default route send name to the virtual network's DNS, and wait for the lease.
 
-    Best effort, for RENEWAL_LIMIT at most, and again only while the interface is without an address or a default route:
-    that is an error in the end, other trouble is one line that says what to do by hand.
+    Best effort: trouble is one line that says what to do by hand, and an error if the network has gone.
     """
     advice = f"for other machines to resolve {name}, restart the DHCP client, or reboot"
     interface = default_interface()
-    try:
-        renewal = find_renewal(interface) if interface else None
-        if not renewal:
-            raise ProvisioningError(f"found no DHCP lease to renew on {interface or 'a default route'}")
-    except ProvisioningError as error:
-        log(WARNING, f"{error}; {advice}")
+    client = find_client(interface) if interface else None
+    if not client:
+        log(WARNING, f"found no DHCP lease to renew on {interface or 'a default route'}; {advice}")
         return
+    command = client.commands[0].format(interface)
     if dry_run:
-        log(INFO, f"would publish {name} by {renewal.by_hand}")
+        log(INFO, f"would publish {name} by {command}")
         return
     started = time.monotonic()
-    for tries_left in reversed(range(RENEWAL_TRIES)):
-        deadline = time.monotonic() + RENEWAL_LIMIT
-        trouble = ask_for_lease(renewal, deadline)
-        if wait_until(lambda: is_connected(interface), deadline):
+    for renewals_left in reversed(range(RENEWALS)):
+        trouble = ""
+        try:
+            renew(client, interface)
+        except ProvisioningError as error:
+            trouble = str(error)
+        if wait_until(lambda: is_connected(interface)):
             if trouble:
                 log(WARNING, f"{trouble}; {advice}")
             else:
-                log(INFO, f"published {name} by {renewal.by_hand}, after {time.monotonic() - started:.1f} s")
+                log(INFO, f"published {name} by {command}, after {time.monotonic() - started:.1f} s")
             return
-        trouble = f"{interface} has no address or no default route after {trouble or renewal.by_hand}"
-        if tries_left:
-            log(WARNING, f"{trouble}; trying again")
-        else:
-            log(ERROR, f"{trouble}; {advice}")
-
-
-def ask_for_lease(renewal: Renewal, deadline: float) -> str:
-    """Do renewal and return what went wrong, '' if there is a new lease before time.monotonic() is deadline."""
-    written = modified(renewal.lease)
-    try:
-        renewal.ask()
-    except ProvisioningError as error:
-        return str(error)
-    if renewal.lease and not wait_until(lambda: modified(renewal.lease) not in (0, written), deadline):
-        return f"{renewal.by_hand}: no new lease"
-    return ""
+        trouble = f"{interface} has no address or no default route after {trouble or command}"
+        log(WARNING if renewals_left else ERROR, f"{trouble}; {'trying again' if renewals_left else advice}")
 
 
 # The user that the VM was created with.
 
 USER_NAME = r"(?![0-9]+\Z)[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}\Z"
-USER_IDS = range(1000, 60001)  # those of people, as distributions have them in login.defs(5)
 ADMINISTRATORS = ("sudo", "wheel", "adm")  # the groups, of which each distribution has some
 USER_DATABASE = "/etc"  # passwd(5), group(5), and what belongs to them
-UNFINISHED = "/etc/azure-provisioning.unfinished"  # names the user that is being made, and a home directory of ours
+LOGIN_DEFS = "/etc/login.defs"
+UNFINISHED = "azure-provisioning is not done with this user"  # the comment of a user that is being made
+WITH_HOME = ", nor with its home"  # which was not there before
 SUDOERS = "/etc/sudoers.d"
 SSHD = "/usr/sbin/sshd"
 SSHD_DROP_IN = "/etc/ssh/sshd_config.d/10-azure-provisioning.conf"  # sshd takes the first value that it reads
+# What makes sshd take passwords; the third is what the second was called before OpenSSH 8.7.
+PASSWORDS = ("PasswordAuthentication", "KbdInteractiveAuthentication", "ChallengeResponseAuthentication")
 KEY_LIMIT = 1 << 13  # characters; older sshds read no longer lines
 
 # What sshd takes as a key, and of how many fields each consists: RFC 4253, 5656 and 8709, and OpenSSH's PROTOCOL.u2f
@@ -815,6 +759,7 @@ KEY_FIELDS = {
     "sk-ssh-ed25519@openssh.com": 3,
     "sk-ecdsa-sha2-nistp256@openssh.com": 4,
 }
+KEY = r"((?:.*?\s)?)({})\s+(\S+)(?:\s+(.*))?\Z".format("|".join(map(re.escape, KEY_FIELDS)))  # options come first
 
 
 def is_key(kind: str, encoded: str) -> bool:
@@ -834,40 +779,64 @@ def is_key(kind: str, encoded: str) -> bool:
     return not rest and blob.startswith(len(kind).to_bytes(4, "big") + kind.encode())
 
 
-def parse_keys(text: str) -> "Iterator[str]":
-    """Return the SSH keys in text, each as a line of sshd(8)'s authorized_keys; what is no key is left out, and told.
+def parse_keys(text: str) -> "Tuple[Dict[str, str], List[str]]":
+    """Return the SSH keys in text, as lines of sshd(8)'s authorized_keys by their base64, and what in it is no key.
 
     Azure hands on what it was given: several keys in one, lines broken within the base64, ends of lines of all kinds.
     """
+    keys: Dict[str, str] = {}
+    rest: List[str] = []
     begun = ""
+    text = re.sub(r"(?s)-----BEGIN ([A-Z0-9 ]+)-----.*?(?:-----END \1-----|\Z)", r"\n(\1)\n", text)
     for part in text.splitlines():
         line = "".join(char if char.isprintable() else " " for char in part).strip()
         if begun and line.partition(" ")[0] in KEY_FIELDS:
-            log(WARNING, f"not an SSH key, left out: {begun:.60}")
+            rest.append(begun)
             begun = ""
         begun += line
-        kind, encoded, comment = [*begun.split(None, 2), "", "", ""][:3]
-        if kind in KEY_FIELDS and is_key(kind, encoded):
-            yield " ".join(filter(None, (kind, encoded, comment)))
+        found = re.match(KEY, begun) if len(begun) <= KEY_LIMIT else None
+        if found and is_key(found.group(2), found.group(3)):
+            keys.setdefault(found.group(3), " ".join(word.strip() for word in found.groups() if word))
             begun = ""
-        elif begun and (kind not in KEY_FIELDS or comment or len(begun) > KEY_LIMIT):
-            log(WARNING, f"not an SSH key, left out: {begun:.60}")
+        elif begun and (not found or found.group(4)):  # nothing that goes on in the next line
+            rest.append(begun)
             begun = ""
-    if begun:
-        log(WARNING, f"not an SSH key, left out: {begun:.60}")
+    return keys, [*rest, begun] if begun else rest
+
+
+def given_keys(instance: Instance) -> "Dict[str, str]":
+    """Return the SSH keys that the VM was created with, see parse_keys(), and tell what is none.
+
+    Raises ProvisioningError if something was given, but no key.
+    """
+    if not isinstance(instance.public_keys, list):
+        raise ProvisioningError(f"IMDS has publicKeys that are no list: {instance.public_keys!r:.60}")
+    keys: Dict[str, str] = {}
+    rest: List[str] = []
+    for entry in instance.public_keys:
+        text = entry.get("keyData") if isinstance(entry, dict) else None
+        more, left_out = parse_keys(text) if isinstance(text, str) else ({}, [f"{entry!r}"])
+        keys.update(more)
+        rest += left_out
+    for line in rest[:9]:
+        log(WARNING, f"not an SSH key, which is a line of a .pub file; left out: {line:.24}")
+    if rest and not keys:
+        raise ProvisioningError("nothing of what was given as SSH keys is one")
+    return keys
 
 
 def find_user(name: str) -> "Optional[pwd.struct_passwd]":
     """Return the user called name, None if there is none. Raises ProvisioningError if name is not a person's."""
     import pwd
 
-    if not re.match(USER_NAME, name):
+    if not isinstance(name, str) or not re.match(USER_NAME, name):
         raise ProvisioningError(f"{name!r:.80} cannot be the name of a user")
     try:
         user = pwd.getpwnam(name)
     except KeyError:
         return None
-    if user.pw_uid not in USER_IDS:
+    limits = dict(re.findall(r"(?m)^(UID_MIN|UID_MAX)\s+([0-9]{1,9})\s*$", read_file(LOGIN_DEFS)))
+    if not int(limits.get("UID_MIN", 1000)) <= user.pw_uid <= int(limits.get("UID_MAX", 60000)):
         raise ProvisioningError(f"the user {name} is not a person's: its ID is {user.pw_uid}")
     return user
 
@@ -889,98 +858,70 @@ def unlock_user_database() -> None:
         log(WARNING, f"{USER_DATABASE}/.pwd.lock: {error}; leaving the locks beside it alone")
 
 
-def undo_unfinished_user() -> None:
-    """Remove the user that a power cut left half made, with its home. Raises ProvisioningError."""
-    name, _, home = read_file(UNFINISHED).partition("\n")
-    if not name:
-        return
-    if find_user(name):
-        run("userdel", "--force", name)
-        log(INFO, f"removed the user {name}, which was left unfinished")
-    if home:
-        import shutil
+def undo_unfinished_users() -> None:
+    """Remove the user that a power cut left half made, with a home that was not there before. Raises ProvisioningError.
 
-        shutil.rmtree(home, ignore_errors=True)
-    finish_user()
+    It bears its mark in passwd(5), which useradd writes before all else, and which make_user() takes away in the end.
+    """
+    import pwd
 
-
-def finish_user() -> None:
-    """Take UNFINISHED away, or a later boot would undo what was made by then. Raises ProvisioningError."""
-    try:
-        os.unlink(UNFINISHED)
-    except OSError as error:
-        raise ProvisioningError(f"remove {UNFINISHED}: {error}") from error
+    unlock_user_database()
+    for user in pwd.getpwall():
+        if user.pw_gecos.startswith(UNFINISHED):
+            remove_home = ["--remove"] if user.pw_gecos.endswith(WITH_HOME) else []
+            run("userdel", "--force", *remove_home, "--", user.pw_name)
+            log(INFO, f"removed the user {user.pw_name}, which was left unfinished")
 
 
 def make_user(name: str, groups: "Sequence[str]") -> None:
-    """Make the user name, with a home, a locked password, and groups. Raises ProvisioningError.
+    """Make the user name, with a home, no password, and groups. Raises ProvisioningError.
 
-    useradd changes several files in turn, and a power cut can come between two: the file UNFINISHED says so.
+    useradd changes several files in turn, and a power cut can come between two: see undo_unfinished_users().
     """
     import grp
 
     home = f"/home/{name}"
     shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
+    mark = UNFINISHED if os.path.lexists(home) else UNFINISHED + WITH_HOME
     options = ["--no-log-init", "--create-home", "--home-dir", home, "--shell", shell, "--groups", ",".join(groups)]
+    # Without UsePAM, sshd keeps out whose password is locked by "!"; and one that is none need not be changed.
+    options += ["--password", "*", "--key", "PASS_MAX_DAYS=-1"]
     with contextlib.suppress(KeyError):
         grp.getgrnam(name)  # of a package, say: useradd would refuse to make its own
         options.append("--no-user-group")
-    replace_file(UNFINISHED, name + "\n" + ("" if os.path.lexists(home) else home), 0o600)
     try:
-        run("useradd", *options, "--", name)
+        run("useradd", "--comment", mark, *options, "--", name)
+        os.sync()  # useradd leaves that to the kernel for what it puts into a home
+        run("usermod", "--comment", "", "--", name)
     except ProvisioningError:
-        # At once: by the next boot somebody may have made this user by hand.
         with contextlib.suppress(ProvisioningError):
-            unlock_user_database()  # of a useradd that took too long
-            undo_unfinished_user()
+            undo_unfinished_users()  # at once: by the next boot somebody may have made this user by hand
         raise
-    os.sync()  # useradd leaves that to the kernel for what it puts into a home
-    finish_user()
 
 
-def administrators() -> "Dict[str, Sequence[str]]":
-    """Return the groups of ADMINISTRATORS that this distribution has, with their members."""
-    import grp
+@contextlib.contextmanager
+def as_user(user: "pwd.struct_passwd") -> "Iterator[None]":
+    """Have the rights of user and no more in the body of the with statement. Raises ProvisioningError.
 
-    return {group.gr_name: group.gr_mem for group in grp.getgrall() if group.gr_name in ADMINISTRATORS}
-
-
-def as_user(user: "pwd.struct_passwd", action: "Callable[[], None]") -> None:
-    """Run action in a process with the rights of user and no more, for COMMAND_LIMIT at most.
-
-    Raises ProvisioningError with what action raised.
+    No link that the user has made leads where the user may not write. The real user ID remains root's, so that the
+    user can neither signal nor trace this process.
     """
-    with contextlib.ExitStack() as sockets:
+    groups = os.getgroups()
+    try:
         try:
-            reading, writing = map(sockets.enter_context, socket.socketpair())
-            child = os.fork()
-        except OSError as error:
-            raise ProvisioningError(f"become {user.pw_name}: {error}") from error
-        if child == 0:
-            try:
-                signal.alarm(int(COMMAND_LIMIT))
-                os.initgroups(user.pw_name, user.pw_gid)
-                os.setgid(user.pw_gid)
-                os.setuid(user.pw_uid)
-                action()
-                os._exit(0)
-            except (OSError, ProvisioningError) as error:
-                writing.sendall(str(error).encode("utf-8", "backslashreplace")[:1000])
-            finally:
-                os._exit(1)
-        writing.close()
-        reading.settimeout(COMMAND_LIMIT + 1)
-        try:
-            failure = reading.recv(1000).decode("utf-8", "replace")
-        except socket.timeout:  # the user can stop its process, alarm and all
-            failure = "it did not end"
-            with contextlib.suppress(PermissionError):  # the unit may not; systemd does, when the unit ends
-                os.kill(child, signal.SIGKILL)
-    if failure or os.waitpid(child, 0)[1] != 0:
-        raise ProvisioningError(f"as {user.pw_name}: {failure or 'it did not end well'}")
+            os.initgroups(user.pw_name, user.pw_gid)
+            os.setegid(user.pw_gid)
+            os.seteuid(user.pw_uid)
+            yield
+        finally:
+            os.seteuid(0)
+            os.setegid(0)
+            os.setgroups(groups)
+    except OSError as error:
+        raise ProvisioningError(f"as {user.pw_name}: {error}") from error
 
 
-def add_keys(home: str, keys: "Sequence[str]") -> None:
+def add_keys(home: str, keys: "Dict[str, str]") -> None:
     """Add to the authorized_keys in home those of keys that are not there. To be called as the user."""
     directory = f"{home}/.ssh"
     path = f"{directory}/authorized_keys"
@@ -989,7 +930,7 @@ def add_keys(home: str, keys: "Sequence[str]") -> None:
     os.chmod(directory, 0o700)
     known = read_file(path)
     words = {word for line in known.splitlines() if not line.lstrip().startswith("#") for word in line.split()}
-    missing = [key + "\n" for key in keys if key.split()[1] not in words]
+    missing = [line + "\n" for encoded, line in keys.items() if encoded not in words]
     if missing:
         end = "" if not known or known.endswith("\n") else "\n"
         replace_file(path, known + end + "".join(missing), 0o600)
@@ -1000,29 +941,57 @@ def add_keys(home: str, keys: "Sequence[str]") -> None:
 def allow_sudo(user: "pwd.struct_passwd") -> None:
     """Let user do everything without a password, where there is sudo. Raises ProvisioningError."""
     if os.path.isdir(SUDOERS):
-        # In quotes, or a name may mean something else in sudoers(5): ALL does. It skips files with a dot in their name.
-        path = f"{SUDOERS}/90-azure-provisioning-{user.pw_name.replace('.', '_')}"
+        # The last rule that fits wins, so this comes after those of groups. In quotes, or a name may mean something
+        # else in sudoers(5): ALL does. It skips files with a dot in their name.
+        path = f"{SUDOERS}/zz-azure-provisioning-{user.pw_name.replace('.', '_')}"
         replace_file(path, f'"{user.pw_name}" ALL=(ALL:ALL) NOPASSWD:ALL\n', 0o440)
 
 
 def refuse_passwords() -> None:
-    """Have sshd take keys only, if there is one. Raises ProvisioningError if it does not."""
-    if not os.path.exists(SSHD):
-        return
-    # The third is what the second was called before OpenSSH 8.7.
-    wanted = "PasswordAuthentication no\nKbdInteractiveAuthentication no\nChallengeResponseAuthentication no\n"
-    if os.path.isdir(os.path.dirname(SSHD_DROP_IN)):  # OpenSSH 8.2 and later have drop-ins
-        replace_file(SSHD_DROP_IN, wanted, 0o600)
+    """Have sshd, if there is one, take keys only. Raises ProvisioningError."""
+    if os.path.exists(SSHD) and os.path.isdir(os.path.dirname(SSHD_DROP_IN)):  # OpenSSH 8.2 and later have drop-ins
+        replace_file(SSHD_DROP_IN, "".join(f"{setting} no\n" for setting in PASSWORDS), 0o600)
         # As patterns: what does not match a unit that is loaded is no error.
         run("systemctl", "try-reload-or-restart", "[s]sh.service", "[s]shd.service")
-    try:
-        settings = run(SSHD, "-T")
-    except ProvisioningError as error:  # it wants directories and keys that may come later in the boot
-        log(INFO, f"{error}; whether it takes passwords is for its configuration to say")
+
+
+def check_sshd(user: "pwd.struct_passwd", passwords_disabled: bool) -> None:
+    """Ask sshd, if there is one, whether it lets user in by the keys, and not by a password if that is disabled.
+
+    Raises ProvisioningError if not: that is for the image to mend.
+    """
+    if not os.path.exists(SSHD):
         return
-    taken = re.findall(r"(?m)^(?:password|kbdinteractive|challengeresponse)authentication yes", settings)
-    if taken:
-        raise ProvisioningError(f"sshd has {', '.join(taken)}, whatever {SSHD_DROP_IN} says: change its sshd_config")
+    import fnmatch
+    import grp
+
+    name, home = user.pw_name, user.pw_dir
+    try:
+        settings = run(SSHD, "-T", "-C", f"user={name},host=localhost,addr=127.0.0.1")
+    except ProvisioningError as error:  # it wants directories and keys that may come later in the boot
+        log(INFO, f"{error}; whether it lets {name} in is for its configuration to say")
+        return
+
+    def values(setting: str) -> "List[str]":
+        return " ".join(re.findall(f"(?m)^{setting} (.*)", settings)).split()
+
+    def fits(setting: str, names: "List[str]") -> bool:
+        patterns = [pattern.partition("@")[0] for pattern in values(setting)]
+        return any(fnmatch.fnmatchcase(one, pattern) for one in names for pattern in patterns)
+
+    unwanted = ["PubkeyAuthentication no", *(f"{setting} yes" for setting in PASSWORDS if passwords_disabled)]
+    wrong = re.findall("(?mi)^(?:{})$".format("|".join(unwanted)), settings)
+    files = [path.replace("%h", home).replace("%u", name) for path in values("authorizedkeysfile")]
+    if not {".ssh/authorized_keys", f"{home}/.ssh/authorized_keys"} & {*files}:
+        wrong.append(f"authorizedkeysfile {' '.join(files)}")
+    groups = [group.gr_name for group in grp.getgrall() if name in group.gr_mem or group.gr_gid == user.pw_gid]
+    for kind, names in (("users", [name]), ("groups", groups)):
+        if values("allow" + kind) and not fits("allow" + kind, names):
+            wrong.append(f"allow{kind} {' '.join(values('allow' + kind))}")
+        if fits("deny" + kind, names):
+            wrong.append(f"deny{kind} {' '.join(values('deny' + kind))}")
+    if wrong:
+        raise ProvisioningError(f"sshd has {', '.join(wrong)}, and keeps {name} out or lets others in: mend the image")
 
 
 # The steps, in the order in which a VM lives them, and the command line.
@@ -1038,48 +1007,46 @@ class Options:
     wireserver = WIRESERVER
     imds = IMDS
     wireserver_timeout = WIRESERVER_TIMEOUT
-    imds_timeout = IMDS_TIMEOUT
+    imds_timeout: "Optional[float]" = None  # which depends on the steps
     timeout: "Optional[float]" = None  # for both, where it is given
 
 
-def hostname_step(options: Options, metadata: InstanceMetadata) -> None:
+def hostname_step(options: Options, instance: Instance) -> None:
     """Give the VM the name it was created with. Raises ProvisioningError."""
-    name = metadata.get().host_name
+    name = valid_host_name(instance.name)
     if host_name_is(name):
         log(INFO, f"the host name is {name} already")
     else:
+        old_name = os.uname().nodename
         if options.dry_run:
-            log(INFO, f"would set the host name to {name}, now it is {os.uname().nodename}")
+            log(INFO, f"would set the host name to {name}, now it is {old_name}")
         else:
-            old_name = os.uname().nodename
             set_host_name(name)
             log(INFO, f"set the host name to {name}, it was {old_name}")
         publish_host_name(name, options.dry_run)
     update_hosts(name, options.dry_run)
 
 
-def user_step(options: Options, metadata: InstanceMetadata) -> None:
+def user_step(options: Options, instance: Instance) -> None:
     """Make the user that the VM was created with, and let it in with its keys. Raises ProvisioningError."""
-    if not options.dry_run:
-        unlock_user_database()
-        undo_unfinished_user()
-    instance = metadata.get()
+    import grp
+
     name = instance.admin_username
     if name is None:
         raise ProvisioningError(f"{options.imds} is too old to tell the user")
-    keys = [key for text in instance.public_keys for key in parse_keys(text)]
     if not name:
         log(INFO, "the VM was created without a user: nothing to do")
         return
-    if not any(text.strip() for text in instance.public_keys):
-        log(INFO, f"the VM was created without a key for {name}: nothing to do")
-        return
+    user = find_user(name)
+    keys = given_keys(instance)
     if not keys:
-        raise ProvisioningError(f"nothing of what was given as SSH keys for {name} is one")
-    if options.dry_run:
-        log(INFO, f"would {'keep' if find_user(name) else 'make'} the user {name}, SSH keys: {len(keys)}")
+        log(WARNING, f"the VM was created without an SSH key for {name}, and IMDS has no passwords: it is not made")
         return
-    groups = administrators()
+    if options.dry_run:
+        log(INFO, f"would {'keep' if user else 'make'} the user {name}, SSH keys: {len(keys)}")
+        return
+    undo_unfinished_users()
+    groups = {group.gr_name: group.gr_mem for group in grp.getgrall() if group.gr_name in ADMINISTRATORS}
     if not find_user(name):
         make_user(name, sorted(groups))
         log(INFO, f"made the user {name}")
@@ -1088,24 +1055,55 @@ def user_step(options: Options, metadata: InstanceMetadata) -> None:
     user = find_user(name)
     if not user:
         raise ProvisioningError(f"there is no user {name} after useradd made it")
-    as_user(user, functools.partial(add_keys, user.pw_dir, keys))
+    with as_user(user):
+        add_keys(user.pw_dir, keys)
     allow_sudo(user)
     if instance.passwords_disabled:
         refuse_passwords()
+    check_sshd(user, instance.passwords_disabled)
     log(INFO, f"{name} can log in, SSH keys: {len(keys)}")
 
 
-def ready_step(options: Options, metadata: InstanceMetadata) -> None:
+def ready_step(options: Options, _: object) -> None:
     """Report that the VM is ready, or why it is not. Raises ProvisioningError."""
-
-    def attempt(deadline: float) -> None:
-        report_health(options.wireserver, deadline, options.fail, options.dry_run)
-
-    keep_trying(attempt, options.wireserver_timeout)
+    keep_trying(
+        lambda deadline: report_health(options.wireserver, deadline, options.fail, options.dry_run),
+        options.wireserver_timeout,
+    )
 
 
 # Ready comes last, for it is a promise: who is told that the VM is ready finds it under its name, and can log in.
-STEPS = {"hostname": hostname_step, "user": user_step, "ready": ready_step}
+STEPS: "Dict[str, Callable[[Options, Any], None]]" = {"hostname": hostname_step, "user": user_step, "ready": ready_step}
+
+
+def provision(options: Options) -> "List[str]":
+    """Run the steps and return those that failed. One that fails does not keep the next from running.
+
+    A name that could not be set keeps nobody out. A user that could not be made does, and so is reported to Azure.
+    """
+    failed: List[str] = []
+    instance: Optional[Instance] = None
+    no_instance: Optional[ProvisioningError] = None
+    if set(options.steps) != {"ready"}:
+        timeout = options.imds_timeout or (IMDS_TIMEOUT_FOR_USER if "user" in options.steps else IMDS_TIMEOUT)
+        try:
+            instance = fetch_instance(options.imds, timeout, options.wireserver_timeout - timeout)
+            for what in instance.ignored:
+                log(WARNING, f"the VM was created with {what}, which nothing here reads")
+        except ProvisioningError as error:
+            no_instance = error
+    for name, step in STEPS.items():
+        if name in options.steps:
+            try:
+                if no_instance and name != "ready":
+                    raise no_instance
+                step(options, instance)
+            except ProvisioningError as error:
+                log(ERROR, f"{name} failed: {error}")
+                failed.append(name)
+                if name == "user":
+                    options.fail = f"user failed: {error}"
+    return failed
 
 
 def parse_arguments(arguments: "Sequence[str]") -> Options:
@@ -1113,46 +1111,36 @@ def parse_arguments(arguments: "Sequence[str]") -> Options:
     import argparse  # here, because systemd gives steps alone, and it takes a quarter of what the step ready takes
 
     def address(text: str) -> str:
-        match = re.match(r"[A-Za-z0-9.-]+(?::([0-9]{1,5}))?\Z", text)
-        if not match or not 0 < int(match.group(1) or 80) < 65536:
-            raise argparse.ArgumentTypeError(f"{text!r} is not HOST[:PORT]")
+        if not re.match(r"[A-Za-z0-9.-]+(:[0-9]{1,5})?\Z", text) or not 0 < int(text.partition(":")[2] or 80) < 65536:
+            raise ValueError
         return text
 
     def seconds(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if 0 < float(text) < float("inf"):
-                return float(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+        if not 0 < float(text) < float("inf"):
+            raise ValueError
+        return float(text)
 
     parser = argparse.ArgumentParser(
         prog="azure-provisioning",
         description="Give this Azure VM the host name and the user that it was created with, and report it ready.",
         epilog="Exit status: 0 done, 1 a step failed, 2 usage.",
     )
-    parser.add_argument("--version", action="version", version="%(prog)s " + __version__)
-    parser.add_argument("-v", "--verbose", action="store_true", help="show the services' answers")
-    parser.add_argument(
-        "-n", "--dry-run", action="store_true", help="ask both services, but change nothing and report nothing"
-    )
-    parser.add_argument("--wireserver", type=address, metavar="HOST[:PORT]", help="instead of " + WIRESERVER)
-    parser.add_argument("--imds", type=address, metavar="HOST[:PORT]", help="instead of " + IMDS)
-    parser.add_argument(
-        "--timeout",
-        type=seconds,
-        metavar="SECONDS",
-        help=f"how long to keep trying each service (default: {WIRESERVER_TIMEOUT:g}, for IMDS {IMDS_TIMEOUT:g})",
-    )
-    parser.add_argument("--fail", metavar="REASON", help="report that provisioning failed, instead of running steps")
-    parser.add_argument(
-        "steps",
-        nargs="*",
-        metavar="STEP",
-        help="{}, always in this order (default: {})".format(", ".join(STEPS), " ".join(Options.steps)),
-    )
+    add = parser.add_argument
+    add("--version", action="version", version="%(prog)s " + __version__)
+    add("-v", "--verbose", action="store_true", help="show the services' answers")
+    add("-n", "--dry-run", action="store_true", help="ask both services, but change nothing and report nothing")
+    add("--wireserver", type=address, metavar="HOST[:PORT]", help="instead of " + WIRESERVER)
+    add("--imds", type=address, metavar="HOST[:PORT]", help="instead of " + IMDS)
+    limits = f"{WIRESERVER_TIMEOUT:g}, for IMDS {IMDS_TIMEOUT:g}, or {IMDS_TIMEOUT_FOR_USER:g} with the step user"
+    add("--timeout", type=seconds, metavar="SECONDS", help=f"how long to keep trying each service (default: {limits})")
+    add("--fail", metavar="REASON", help="report that provisioning failed, instead of running steps")
+    steps = ", ".join(STEPS)
+    default = " ".join(Options.steps)
+    add("steps", nargs="*", metavar="STEP", help=f"{steps}, always in this order (default: {default})")
     options = parser.parse_args(arguments, namespace=Options())
     for step in options.steps:
         if step not in STEPS:
-            parser.error("no such step: {!r} (there are {})".format(step, ", ".join(STEPS)))
+            parser.error(f"no such step: {step!r} (there are {steps})")
     if options.steps and options.fail is not None:
         parser.error("--fail replaces the steps: name none")
     options.steps = ("ready",) if options.fail is not None else options.steps or Options.steps
@@ -1162,31 +1150,26 @@ def parse_arguments(arguments: "Sequence[str]") -> Options:
 
 
 def main(arguments: "Optional[Sequence[str]]" = None) -> int:
-    """Run the steps and return the exit status: 0 done, 1 a step failed. Usage errors exit with 2.
-
-    A step that fails does not keep the next one from running.
-    """
+    """Run the steps and return the exit status: 0 done, 1 a step failed. Usage errors exit with 2."""
     global log_level
-    open_standard_streams()
-    if arguments is None:
-        arguments = sys.argv[1:]
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = Options()
     if set(arguments) <= set(STEPS):
         options.steps = arguments or options.steps
     else:
         options = parse_arguments(arguments)
     log_level = DEBUG if options.verbose else INFO
-    metadata = InstanceMetadata(options.imds, options.imds_timeout)
-    failed = 0
-    for name, step in STEPS.items():
-        if name in options.steps:
-            try:
-                step(options, metadata)
-            except ProvisioningError as error:
-                log(ERROR, f"{name} failed: {error}")
-                failed = 1
-    return failed
+    failed = provision(options)
+    if failed and "ready" in options.steps and not options.dry_run:
+        knows = "was told Ready" if options.fail is None else "was told that provisioning failed"
+        if "ready" in failed:
+            knows = "got no report, and will declare this VM failed"
+        log(ERROR, f"Azure {knows}; the unit, if it is enabled, does all of this again at the next boot")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -202,7 +202,7 @@ class BootCase(Case):
             test.assertEqual(os.stat(vm.path("etc/hostname")).st_mode & 0o777, 0o644)
             score = re.search(r"exposure level for \S+: ([0-9.]+)", vm.run("systemd-analyze", "security", UNIT))
             assert score
-            test.assertEqual(score.group(1), "3.0")  # as the README says
+            test.assertEqual(score.group(1), "3.1")  # as the README says
             test.assertEqual(vm.run("systemd-analyze", "verify", "/etc/systemd/system/" + UNIT), "")
 
     # The lease, in the cases that are not the usual one.

@@ -51,8 +51,10 @@ class ReadmeTest(unittest.TestCase):
         self.assertEqual(drop_in, ["ExecStart=", unit[0] + " --timeout 300", unit[1]])
 
     def test_its_figures_are_the_modules(self) -> None:
-        timeouts = azure_provisioning.WIRESERVER_TIMEOUT, azure_provisioning.IMDS_TIMEOUT
-        self.assertIn("{:.0f} for WireServer and {:.0f} for IMDS".format(*timeouts), self.text)
+        module = azure_provisioning
+        timeouts = module.WIRESERVER_TIMEOUT, module.IMDS_TIMEOUT, module.IMDS_TIMEOUT_FOR_USER
+        told = "{:.0f} for WireServer and {:.0f} for IMDS otherwise, or {:.0f} with the step `user`".format(*timeouts)
+        self.assertIn(told, self.text)
 
     def test_the_steps_are_named_in_their_order(self) -> None:
         steps = ", ".join(f"`{step}`" for step in azure_provisioning.STEPS)
@@ -66,7 +68,7 @@ class ReadmeTest(unittest.TestCase):
             encoding="utf-8",
             check=True,
         ).stdout
-        options = set(re.findall(r"--[a-z]+", usage))
+        options = set(re.findall(r"--[a-z-]+", usage))
         self.assertLessEqual({"--user", "--generalize", "--uninstall", "--root", "--force"}, options)
         for option in options:
             self.assertIn(option, self.text)
@@ -82,18 +84,20 @@ class ReadmeTest(unittest.TestCase):
         pauses = {0.25: "a quarter of a second"}
         with open(os.path.join(sandbox.REPOSITORY, "install.sh"), encoding="utf-8") as file:
             host_keys = re.findall("(?m)^TimeoutStartSec=(.*)", file.read())
-        self.assertEqual((module.ANSWER_LIMIT, module.RENEWAL_TRIES, len(host_keys)), (1 << 20, 3, 1))
+        self.assertEqual((module.ANSWER_LIMIT, module.RENEWALS, len(host_keys)), (1 << 20, 2, 1))
         said = " ".join(self.text.split())
         for sentence in (
-            f"never waits on IMDS for more than {minutes[int(module.IMDS_TIMEOUT)]}, nor on any command for more than "
-            f"{module.COMMAND_LIMIT:g} s, nor on a lease for more than {module.RENEWAL_LIMIT:g} (three times that ",
+            f"never waits on IMDS for more than {minutes[int(module.IMDS_TIMEOUT)]} (or "
+            f"{minutes[int(module.IMDS_TIMEOUT_FOR_USER)]}, if a user was asked for), nor on any command for more than "
+            f"{module.COMMAND_LIMIT:g} s, nor on the DHCP client, its answer or the network after it for more than "
+            f"{module.RENEWAL_LIMIT:g} each (twice that ",
             f"nor on SSH host keys for more than {minutes[int(host_keys[0])]} (",
             f"One try takes {module.ATTEMPT_LIMIT:g} s at most and 1 MiB of each answer. Pauses start at "
             f"{pauses[module.FIRST_PAUSE]}, double up to {module.LONGEST_PAUSE:g} s, vary by chance, and honour "
             f"`Retry-After` up to {module.LONGEST_RETRY_AFTER:g} s.",
             f"refuses the document with 400 for {module.OLD_IMDS_AFTER:g} s",
             f"it keeps trying for {module.WIRESERVER_TIMEOUT / 60:g} minutes",
-            "it is asked up to three times",
+            "it is asked up to two times",
         ):
             self.assertIn(sentence, said)
 
@@ -104,10 +108,9 @@ class ReadmeTest(unittest.TestCase):
             "no complete answer within",
             "gave up after",
             " failed: ",
-            "the VM was created without a key for",
-            "not an SSH key, left out: ",
+            "the VM was created without an SSH key for",
+            "not an SSH key, which is a line of a .pub file; left out: ",
             "found no DHCP lease to renew",
-            "dhcpcd sends no host name",
             "can log in, SSH keys: ",
         ):
             self.assertIn(message, module)
