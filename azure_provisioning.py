@@ -973,16 +973,18 @@ def check_sshd(user: "pwd.struct_passwd", passwords_disabled: bool) -> None:
         return
 
     def values(setting: str) -> "List[str]":
-        return " ".join(re.findall(f"(?m)^{setting} (.*)", settings)).split()
+        return " ".join(re.findall(f"(?mi)^{setting} (.*)", settings)).split()  # in capitals since OpenSSH 10.6
 
     def fits(setting: str, names: "List[str]") -> bool:
-        patterns = [pattern.partition("@")[0] for pattern in values(setting)]
+        patterns = values(setting)
+        if setting.startswith("allow"):  # from some host is enough
+            patterns = [pattern.partition("@")[0] for pattern in patterns]
         return any(fnmatch.fnmatchcase(one, pattern) for one in names for pattern in patterns)
 
     unwanted = ["PubkeyAuthentication no", *(f"{setting} yes" for setting in PASSWORDS if passwords_disabled)]
     wrong = re.findall("(?mi)^(?:{})$".format("|".join(unwanted)), settings)
     files = [path.replace("%h", home).replace("%u", name) for path in values("authorizedkeysfile")]
-    if not {".ssh/authorized_keys", f"{home}/.ssh/authorized_keys"} & {*files}:
+    if files and not {".ssh/authorized_keys", f"{home}/.ssh/authorized_keys"} & {*files}:
         wrong.append(f"authorizedkeysfile {' '.join(files)}")
     groups = [group.gr_name for group in grp.getgrall() if name in group.gr_mem or group.gr_gid == user.pw_gid]
     for kind, names in (("users", [name]), ("groups", groups)):

@@ -13,6 +13,14 @@ from tests.vm import BOOTED, VM, WORK, Azure, Lab, children_of, wait_for
 
 TOOLS = ("mmdebstrap", "systemd-nspawn", "dnsmasq", "setpriv", "nsenter", "unshare", "ip")
 
+# What asks for a lease where ifupdown has the network: what Debian's installer brings, dhclient until Debian 12.
+MORE_PACKAGES = {
+    "bullseye": "isc-dhcp-client",
+    "bookworm": "isc-dhcp-client,dhcpcd-base",
+    "trixie": "dhcpcd-base,netplan.io",
+    "forky": "dhcpcd-base",
+}
+
 # Joins the control groups before "--" and becomes the command after it.
 JOIN = 'while [ "$1" != -- ]; do echo 0 >"$1/cgroup.procs" || exit; shift; done; shift; exec "$@"'
 
@@ -29,20 +37,21 @@ def first_of_a_container(pid: int) -> bool:
 class Container(VM):
     """A VM that is a container."""
 
-    packages = (
-        "systemd,systemd-sysv,dbus,python3-minimal,libpython3-stdlib,iproute2,network-manager,ifupdown,isc-dhcp-client"
-    )
+    packages = "systemd,systemd-sysv,dbus,python3-minimal,libpython3-stdlib,iproute2,network-manager,ifupdown"
     pid = 0
 
     @classmethod
     def pristine(cls, lab: Lab, release: str) -> str:
         # With the package of the other agent, to be unpacked where a test wants it.
         hook = "--customize-hook=chroot $1 sh -c 'cd /var/cache && apt-get download cloud-init'"
-        return lab.root(release, cls.packages, hook)
+        return lab.root(release, f"{cls.packages},{MORE_PACKAGES[release]}", hook)
 
     def boot(self, azure: Azure) -> "Container":
         """Switch it on, its network cable plugged into azure."""
         self.power.start(
+            "env",
+            "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1",  # systemd 258 and later know no other
+            "SYSTEMD_NSPAWN_API_VFS_WRITABLE=network",  # /proc/sys/net, of its own network: for dhcpcd 10.5
             "systemd-nspawn",
             "--quiet",
             "--directory=" + self.root,

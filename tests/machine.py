@@ -106,8 +106,8 @@ class Machine(VM):
     """A VM that is a whole machine. What is written to its root is on its disk from its first boot on."""
 
     packages = (
-        "systemd,systemd-sysv,dbus,udev,python3-minimal,libpython3-stdlib,iproute2,ifupdown,initramfs-tools,kmod,"
-        "openssh-server,sudo,apparmor"
+        "systemd,systemd-sysv,dbus,udev,python3-minimal,libpython3-stdlib,iproute2,ifupdown,dhcpcd-base,initramfs-tools,"
+        "kmod,openssh-server,sudo,apparmor"
     )
     patience = 5.0
     cable = TAP
@@ -115,10 +115,9 @@ class Machine(VM):
 
     @classmethod
     def pristine(cls, lab: Lab, release: str) -> str:
-        # What ifupdown calls: the containers have dhclient on all releases, and dhcpcd wants a udev.
-        client = "isc-dhcp-client" if release == "bullseye" else "dhcpcd-base"
         # The release's own kernel: that of its security updates comes and goes.
-        return lab.root(release, f"{cls.packages},{client},linux-image-cloud-amd64/{release}")
+        more = "network-manager" if release == "forky" else "ifupdown"
+        return lab.root(release, f"{cls.packages},{more},linux-image-cloud-amd64/{release}")
 
     def __init__(
         self,

@@ -1542,6 +1542,11 @@ class UserTest(Case):
             ("", f"{keys}\nallowgroups staff"),
             ("denyusers bob al*", f"{keys}\ndenyusers bob\ndenyusers al*"),
             ("", f"{keys}\ndenyusers bob"),
+            ("", f"{keys}\ndenyusers alice@10.0.0.1"),
+            ("", "port 22"),
+            ("authorizedkeysfile /keys", "AuthorizedKeysFile /keys"),  # as OpenSSH 10.6 has it
+            ("allowusers bob", f"{keys}\nAllowUsers bob"),
+            ("PasswordAuthentication yes", f"PasswordAuthentication yes\n{keys}"),
             ("denygroups sudo", f"{keys}\ndenygroups sudo"),
             ("denygroups staff", f"{keys}\ndenygroups staff"),
             ("", f"{keys}\ndenygroups wheel"),

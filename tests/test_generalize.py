@@ -640,7 +640,7 @@ class RemoveUserTest(GeneralizeCase):
             "etc/sudoers.d/90-cloud-init-users", f"# Created by cloud-init\n\n# User rules for azureuser\n{rule}"
         )
         self.write("etc/sudoers.d/waagent", rule)
-        self.write("etc/sudoers.d/90-azure-provisioning-azureuser", '"azureuser" ALL=(ALL:ALL) NOPASSWD:ALL\n')
+        self.write("etc/sudoers.d/zz-azure-provisioning-azureuser", '"azureuser" ALL=(ALL:ALL) NOPASSWD:ALL\n')
         self.write("etc/sudoers.d/both", rule + "alice ALL=(ALL) ALL\n")
         self.write("etc/sudoers.d/azureuser2", "azureuser2 ALL=(ALL) ALL\n")
 

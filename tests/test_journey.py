@@ -116,7 +116,7 @@ class JourneyCase(Case):
         self.check_provisioned(vm, azure, name, reports)
         print(f"{vm.release}, {vm.client}: Ready {seconds:.1f} s after power on")
         if vm.patience == 1:  # an emulated processor's time says nothing of a real one's
-            test.assertLess(seconds, 40 if vm.may_hang else 15)
+            test.assertLess(seconds, 15)
         # Not asked of systemd: in a busy emulated machine it takes longer for that than D-Bus waits.
         test.assertEqual(self.enabled_units(vm), self.enabled)
         test.assertEqual(vm.run("systemctl", "is-active", "idle.service").strip(), "inactive")
@@ -170,7 +170,9 @@ class JourneyCase(Case):
             vm.run("find", "/etc", "/home", "-name", "*azure-provisioning*~", "-o", "-name", "*unfinished"), ""
         )
         warnings = vm.run("journalctl", "--no-pager", "--boot", "--unit=" + UNIT, "--priority=4", "--output=cat")
-        test.assertEqual([line for line in warnings.splitlines() if "trying again" not in line], [])
+        # systemd's own, in a container whose machine still has the old control groups.
+        usual = "trying again|Failed to read pids.max for control group"
+        test.assertEqual([line for line in warnings.splitlines() if not re.search(usual, line)], [])
         score = re.search(r"exposure level for \S+: ([0-9.]+)", vm.run("systemd-analyze", "security", UNIT))
         assert score
         test.assertEqual(score.group(1), "3.7")  # as the README says
@@ -199,7 +201,7 @@ class JourneyCase(Case):
 
 
 class ContainerJourneyCase(JourneyCase):
-    """The journeys in containers: with each DHCP client, and power cuts on the way."""
+    """The journeys in containers, with each DHCP client."""
 
     def test_from_a_used_machine_to_a_login_with_networkd(self) -> None:
         self.journey("networkd", "--user")
@@ -216,6 +218,10 @@ class ContainerJourneyCase(JourneyCase):
             image = stack.enter_context(self.make_image("networkd", "--user"))
             vm = stack.enter_context(self.vm(self.lab, self.release, image=image))
             self.provision(vm, "web-01", login=True)
+
+
+class TrixieJourneyCase(ContainerJourneyCase):
+    """Debian 13: also what is our own doing and the same on each release."""
 
     def test_an_image_without_the_step_user_has_no_user(self) -> None:
         test: Any = self
@@ -247,7 +253,8 @@ class ContainerJourneyCase(JourneyCase):
         return vm.read("etc/hostname") == "web-01\n"
 
 
-globals().update(cases(ContainerJourneyCase, "JourneyTest", VARIABLE))
+globals().update(cases(ContainerJourneyCase, "JourneyTest", VARIABLE, "bookworm", "forky"))
+globals().update(cases(TrixieJourneyCase, "JourneyTest", VARIABLE, "trixie"))
 
 if __name__ == "__main__":
     unittest.main()
