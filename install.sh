@@ -146,23 +146,36 @@ blank       /etc/machine-id                         machine ID
 end
 }
 
-# What is bound to a MAC address: where, in which files, by which line, and what to do about it.
+# What of a network's configuration is not for every VM: why, where, in which files, by which line, and what to do about it.
+# A mac is the address of this machine, a name is sent instead of the VM's, and a port has a name that none has on Azure.
 bound() {
-    hex='[0-9A-Fa-f][0-9A-Fa-f]'
-    networkd="^[[:space:]]*(Permanent)?MACAddress[[:space:]]*=[[:space:]]*$hex"
+    hex='[0-9A-Fa-f][0-9A-Fa-f]' is='[[:space:]]*=[[:space:]]*' port='en[opsx][0-9]'
+    networkd="^[[:space:]]*(Permanent)?MACAddress$is$hex"
+    nm="^[[:space:]]*(ipv4\.)?dhcp-(hostname${is}[^[:space:]]|send-hostname$is(false|no|0))"
     address='ATTRS?[{]address[}]==' named='NAME:?="'
     cat <<end
-/etc/netplan                *.yaml              ^[^#]*macaddress["']?[[:space:]]*:      match 'driver: hv_netvsc'
-/etc/systemd/network        *.network           $networkd                               match 'Driver=hv_netvsc'
-/etc/systemd/network        *.link              $networkd                               match 'Driver=hv_netvsc', or remove it
-/etc/systemd/network        *.network.d/*.conf  $networkd                               remove the line
-/etc/systemd/network        *.link.d/*.conf     $networkd                               remove the line
-/etc/NetworkManager/system-connections  *       ^[[:space:]]*(cloned-)?mac-address[[:space:]]*=[[:space:]]*(${hex}[:-]|[0-9]+;) remove the line
-/etc/sysconfig/network-scripts  ifcfg-*         ^[[:space:]]*(HWADDR|MACADDR)=["']?$hex remove the line
-/etc/sysconfig/network      ifcfg-*             ^[[:space:]]*(HWADDR|LLADDR)=["']?$hex  remove the line
-/etc/network                interfaces          ^[[:space:]]*hwaddress[[:space:]].*${hex}[:-] remove the line
-/etc/network/interfaces.d   *                   ^[[:space:]]*hwaddress[[:space:]].*${hex}[:-] remove the line
-/etc/udev/rules.d           *.rules             ^[^#]*($address.*$named|$named.*$address) remove the line
+mac   /etc/netplan                *.yaml              ^[^#]*macaddress["']?[[:space:]]*:      match 'driver: hv_netvsc'
+mac   /etc/systemd/network        *.network           $networkd                               match 'Driver=hv_netvsc'
+mac   /etc/systemd/network        *.link              $networkd                               match 'Driver=hv_netvsc', or remove it
+mac   /etc/systemd/network        *.network.d/*.conf  $networkd                               remove the line
+mac   /etc/systemd/network        *.link.d/*.conf     $networkd                               remove the line
+mac   /etc/NetworkManager/system-connections  *       ^[[:space:]]*(cloned-)?mac-address$is(${hex}[:-]|[0-9]+;) remove the line
+mac   /etc/sysconfig/network-scripts  ifcfg-*         ^[[:space:]]*(HWADDR|MACADDR)=["']?$hex remove the line
+mac   /etc/sysconfig/network      ifcfg-*             ^[[:space:]]*(HWADDR|LLADDR)=["']?$hex  remove the line
+mac   /etc/network                interfaces          ^[[:space:]]*hwaddress[[:space:]].*${hex}[:-] remove the line
+mac   /etc/network/interfaces.d   *                   ^[[:space:]]*hwaddress[[:space:]].*${hex}[:-] remove the line
+mac   /etc/udev/rules.d           *.rules             ^[^#]*($address.*$named|$named.*$address) remove the line
+name  /etc/netplan                *.yaml              ^[^#]*([^-#a-z]hostname["']?:[[:space:]]*[^[:space:]]|send-hostname["']?:[[:space:]]*(false|no|off)) remove the line
+name  /etc/systemd/network        *.network           ^[[:space:]]*(Hostname${is}[^[:space:]]|SendHostname$is(no|false|off|0)) remove the line
+name  /etc/NetworkManager/system-connections  *       $nm                                     remove the line
+name  /etc/NetworkManager         NetworkManager.conf $nm                                     remove the line
+name  /etc/NetworkManager/conf.d  *.conf              $nm                                     remove the line
+name  /etc/sysconfig/network-scripts  ifcfg-*         ^[[:space:]]*DHCP_HOSTNAME=["']?[^"'[:space:]] remove the line
+name  /etc/dhcp                   dhclient*.conf      ^[[:space:]]*(send|supersede)[[:space:]]+host-name[[:space:]]+" say 'send host-name = gethostname();'
+name  /etc                        dhcpcd.conf         ^[[:space:]]*hostname[[:space:]]+[^#[:space:]] say 'hostname' alone
+port  /etc/systemd/network        *.network           ^[[:space:]]*Name$is$port               match 'Driver=hv_netvsc'
+port  /etc/network                interfaces          ^[[:space:]]*(auto|allow-hotplug)[[:space:]]+$port it is eth0
+port  /etc/network/interfaces.d   *                   ^[[:space:]]*(auto|allow-hotplug)[[:space:]]+$port it is eth0
 end
 }
 
@@ -182,8 +195,8 @@ end
 # line. Of systemd's own files, 80 and something are for containers and the like. Debian's images for Azure have a file
 # made for each interface that is found. RHEL's scripts are no unit.
 networks() {
-    networkd='^[[:space:]]*(DHCP|Address)[[:space:]]*='
-    interface='iface[[:space:]]+([^l]|l[^o]|lo[^[:space:]])[^[:space:]]*[[:space:]]+inet6?[[:space:]]+(dhcp|static|auto)'
+    networkd='^[[:space:]]*DHCP[[:space:]]*=[[:space:]]*(yes|true|ipv4|both|on|1)'
+    interface='iface[[:space:]]+([^l]|l[^o]|lo[^[:space:]])[^[:space:]]*[[:space:]]+inet[[:space:]]+dhcp'
     cat <<end
 systemd-networkd.service  /etc/systemd/network            *.network      $networkd
 systemd-networkd.service  /usr/local/lib/systemd/network  *.network      $networkd
@@ -797,12 +810,27 @@ check_installed() {
 }
 
 check_network_is_for_every_vm() {
-    while read -r where files line remedy; do
+    while read -r why where files line remedy; do
         found=$(having "$where" "$files" "$line")
-        [ -z "$found" ] || object "$found in ${root:-/} is bound to a MAC address, and every VM has another: $remedy"
+        case $why in
+            mac) why='is bound to a MAC address, and every VM has another' ;;
+            name) why="has its own name sent, so that Azure's DNS would not know the VM's" ;;
+            port) why='is for an interface that no VM on Azure has' ;;
+        esac
+        [ -z "$found" ] || object "$found in ${root:-/} $why: $remedy"
     done <<end
 $(bound)
 end
+    if asks_by_dhcpcd && file /etc/dhcpcd.conf && ! grep -Eq '^[[:space:]]*hostname[[:space:]]*(#|$)' "$name"; then
+        object "/etc/dhcpcd.conf in ${root:-/} has no name sent, so that Azure's DNS would not know the VM's: add a line 'hostname'"
+    fi
+}
+
+# Whether dhcpcd is what asks for leases: ifupdown takes it where it finds no dhclient.
+asks_by_dhcpcd() {
+    runs /usr/sbin/dhcpcd || runs /sbin/dhcpcd || return
+    [ -z "$(enabled 'dhcpcd*.service')" ] || return 0
+    [ -n "$(enabled networking.service)" ] && ! runs /usr/sbin/dhclient && ! runs /sbin/dhclient
 }
 
 check_network_comes_up() {
@@ -823,15 +851,23 @@ end
 # A disk that is not there means emergency mode, without a network, unless its line has nofail.
 check_fstab() {
     file /etc/fstab || return 0
-    while read -r device _ _ options _ || [ -n "$device" ]; do
+    while read -r device where type options _ || [ -n "$device" ]; do
         case $device,$options, in
             /dev/disk/azure/root* | /dev/disk/azure/os*) ;; # every VM has this one
             *,nofail,* | *,noauto,*) ;;
-            /dev/disk/azure/* | /dev/disk/cloud/*)
-                object "/etc/fstab in ${root:-/} wants $device, which not every VM has: add nofail to its options, or remove the line"
+            /dev/disk/azure/* | /dev/disk/cloud/*) object_to_disk ;;
+            /dev/* | UUID=* | LABEL=* | PARTUUID=* | PARTLABEL=*)
+                case $where,$type in # where systems have their own file systems
+                    /,* | /boot* | /efi,* | /usr,* | /var,* | /var/* | /home,* | /opt,* | /tmp,* | *,swap) ;;
+                    *) object_to_disk ;;
+                esac
                 ;;
         esac
     done <"$name"
+}
+
+object_to_disk() {
+    object "/etc/fstab in ${root:-/} wants $device, which not every VM has: add nofail to its options, or remove the line"
 }
 
 # The command line.

@@ -485,6 +485,79 @@ class NoImageTest(GeneralizeCase):
         done = self.install("--generalize", LC_ALL="C.UTF-8")
         self.assertIn("is bound to a MAC address", done.stderr)
 
+    def test_a_client_that_has_another_name_sent(self) -> None:
+        for name, text in (
+            ("etc/netplan/a.yaml", "ethernets: {eth0: {dhcp4-overrides: {hostname: builder}}}\n"),
+            ("etc/netplan/b.yaml", "      dhcp4-overrides:\n        send-hostname: false\n"),
+            (NETWORK, "[Network]\nDHCP=yes\n[DHCPv4]\nHostname=builder\n"),
+            (NETWORK, "[Network]\nDHCP=yes\n[DHCPv4]\n SendHostname = no\n"),
+            ("etc/NetworkManager/system-connections/x", "[ipv4]\ndhcp-hostname=builder\n"),
+            ("etc/NetworkManager/system-connections/y", "[ipv4]\ndhcp-send-hostname=false\n"),
+            ("etc/NetworkManager/conf.d/z.conf", "[connection]\nipv4.dhcp-send-hostname=0\n"),
+            ("etc/NetworkManager/NetworkManager.conf", "[connection]\nipv4.dhcp-send-hostname=0\n"),
+            ("etc/sysconfig/network-scripts/ifcfg-eth0", "DHCP_HOSTNAME=builder\n"),
+            ("etc/dhcp/dhclient.conf", 'send host-name "builder";\n'),
+            ("etc/dhcp/dhclient-eth0.conf", ' supersede host-name "builder";\n'),
+            ("etc/dhcpcd.conf", "hostname builder\n"),
+        ):
+            with self.subTest(name, text=text):
+                self.write(name, text)
+                self.check_refused(
+                    f"/{name} in .* has its own name sent, so that Azure's DNS .*--force", "--generalize"
+                )
+                os.unlink(self.path(name))
+                self.write(NETWORK, "[Network]\nDHCP=yes\n")
+        for name, text in (
+            (
+                "etc/netplan/a.yaml",
+                "      # hostname: x\n      dhcp4-overrides: {use-hostname: true, send-hostname: true}\n",
+            ),
+            (NETWORK, "[Network]\nDHCP=yes\n[DHCPv4]\nSendHostname=yes\nUseHostname=no\n"),
+            ("etc/NetworkManager/system-connections/x", "[ipv4]\ndhcp-send-hostname=true\ndhcp-hostname=\n"),
+            ("etc/sysconfig/network-scripts/ifcfg-eth0", 'DHCP_HOSTNAME=""\n'),
+            ("etc/dhcp/dhclient.conf", "send host-name = gethostname();\n"),
+        ):
+            self.write(name, text)
+        self.check_generalized()
+
+    def test_a_dhcpcd_that_sends_no_name(self) -> None:
+        self.program("usr/sbin/dhcpcd")
+        message = "/etc/dhcpcd.conf in .* has no name sent, .*: add a line 'hostname'.*--force"
+        for units, text, refused in (
+            (["dhcpcd.service"], "#hostname\nclientid\n", True),
+            (["networking.service"], "option host_name\n", True),
+            (["networking.service"], "hostname\n", False),
+            (["networking.service"], "  hostname # the VM's\n", False),
+            ([], "#hostname\n", False),
+        ):
+            with self.subTest(units, text=text):
+                self.setUp()
+                self.program("usr/sbin/dhcpcd")
+                for unit in units:
+                    self.unit(unit)
+                self.write("etc/dhcpcd.conf", text)
+                if refused:
+                    self.check_refused(message, "--generalize")
+                    if units == ["networking.service"]:
+                        self.program("usr/sbin/dhclient")
+                        self.check_generalized()
+                else:
+                    self.check_generalized()
+
+    def test_an_interface_that_no_vm_has(self) -> None:
+        for name, text in (
+            (NETWORK, "[Match]\nName=ens3\n[Network]\nDHCP=yes\n"),
+            ("etc/systemd/network/a.network", "[Match]\n Name = enp0s3\n[Network]\nDHCP=yes\n"),
+            ("etc/network/interfaces", "auto ens3\niface ens3 inet dhcp\n"),
+            ("etc/network/interfaces.d/x", "allow-hotplug eno1\niface eno1 inet dhcp\n"),
+        ):
+            with self.subTest(name):
+                self.write(name, text)
+                self.check_refused(f"/{name} in .* is for an interface that no VM on Azure has: ", "--generalize")
+                os.unlink(self.path(name))
+                self.write(NETWORK, "[Match]\nName=en* eth*\n[Network]\nDHCP=yes\n")
+        self.check_generalized()
+
     def test_a_network_that_is_not_bound(self) -> None:
         for name, text in (
             ("etc/netplan/50.yaml", "ethernets:\n  eth0:\n    match: {driver: hv_netvsc}\n    # macaddress: 00:0d\n"),
@@ -510,10 +583,10 @@ class NoImageTest(GeneralizeCase):
             ("NetworkManager.service", "", ""),
             ("networking.service", "etc/network/interfaces", "auto lo eth0\niface eth0 inet dhcp\n"),
             ("networking.service", "etc/network/interfaces", "source-directory /run/network/interfaces.d\n"),
-            ("networking.service", "etc/network/interfaces.d/x", "auto eth0\niface eth0 inet static\n"),
+            ("networking.service", "etc/network/interfaces.d/x", "auto eth0\niface eth0 inet dhcp\n"),
             ("dhcpcd.service", "", ""),
             ("dhcpcd@.service", "", ""),
-            ("systemd-networkd.service", "usr/local/lib/systemd/network/x.network", "[Network]\nAddress=10.0.0.4/24\n"),
+            ("systemd-networkd.service", "usr/local/lib/systemd/network/x.network", "[Network]\nDHCP=yes\n"),
             ("systemd-networkd.service", "usr/lib/systemd/network/zz.network", "[Network]\nDHCP=ipv4\n"),
         ):
             with self.subTest(unit, name=name):
@@ -538,6 +611,10 @@ class NoImageTest(GeneralizeCase):
             ("networking.service", "etc/network/interfaces", "# iface eth0 inet dhcp\n"),
             ("systemd-networkd.service", "usr/lib/systemd/network/80-container-host0.network", "[Network]\nDHCP=yes\n"),
             ("systemd-networkd.service", "etc/systemd/network/x.network", "[Match]\nName=eth0\n"),
+            # No VM has the address that another was given.
+            ("networking.service", "etc/network/interfaces.d/x", "auto eth0\niface eth0 inet static\n"),
+            ("systemd-networkd.service", "etc/systemd/network/x.network", "[Network]\nAddress=10.0.0.4/24\n"),
+            ("systemd-networkd.service", "etc/systemd/network/x.network", "[Network]\nDHCP=no\n"),
         ):
             with self.subTest(name):
                 self.no_network()
@@ -594,12 +671,21 @@ class NoImageTest(GeneralizeCase):
             ("/dev/disk/azure/root-part1 / ext4 defaults 0 1", False),
             ("# /dev/disk/cloud/azure_resource-part1 /mnt auto defaults 0 2", False),
             ("UUID=1-2-3 / ext4 defaults 0 1", False),
+            ("UUID=1-2-3 /data xfs defaults 0 0", True),
+            ("/dev/sdc1 /srv ext4 defaults 0 2", True),
+            ("LABEL=data /mnt/data ext4 defaults,nofail 0 2", False),
+            ("PARTUUID=1-2 /boot/efi vfat umask=0077 0 1", False),
+            ("LABEL=home /home ext4 defaults 0 2", False),
+            ("/dev/mapper/vg-log /var/log xfs defaults 0 0", False),
+            ("UUID=4-5 none swap sw 0 0", False),
+            ("tmpfs /scratch tmpfs size=1G 0 0", False),
+            ("files.example.com:/data /data nfs4 _netdev 0 0", False),
         ):
             for end in ("\n", ""):
                 with self.subTest(line + end):
                     self.write("etc/fstab", "# fstab\n" + line + end)
                     if refused:
-                        self.check_refused("/etc/fstab in .* wants /dev/disk/.*: add nofail.*--force", "--generalize")
+                        self.check_refused("/etc/fstab in .* wants \\S+, .*: add nofail.*--force", "--generalize")
                     else:
                         self.check_generalized()
 
