@@ -107,8 +107,11 @@ def call(*command: str) -> None:
     subprocess.run(command, check=True, env=environment())
 
 
-def furnish(host_name: str, hosts: Optional[str]) -> None:
-    """Make the namespaces that this process is in those of a VM called host_name, whose /etc/hosts is hosts."""
+def furnish(host_name: str, hosts: Optional[str], own_home: bool) -> None:
+    """Make the namespaces that this process is in those of a VM called host_name, whose /etc/hosts is hosts.
+
+    Its users are made in a /home that is the VM's own; without own_home the machine's can be read.
+    """
     if set(namespaces().split()) & set(os.environ.pop(MARK, namespaces()).split()):
         raise SandboxError("refusing to furnish the machine itself")  # a bug here would rename it
     files = {}
@@ -120,12 +123,22 @@ def furnish(host_name: str, hosts: Optional[str]) -> None:
     links = {}
     if os.path.isdir("/etc/alternatives"):
         links = {name: os.path.realpath("/etc/alternatives/" + name) for name in os.listdir("/etc/alternatives")}
-    if os.access("/var", os.W_OK):
-        call("mount", "-n", "--bind", "/var", "/var")
-        call("mount", "-n", "-o", "remount,bind,ro", "/var")
-    for directory in ("/etc", "/home", "/run", "/var/run"):
+    for directory in ("/var", "/home"):
+        if os.access(directory, os.W_OK):
+            call("mount", "-n", "--rbind", directory, directory)
+            call("mount", "-n", "-o", "remount,bind,ro", directory)
+    for directory in ("/etc", "/run", "/var/run"):
         if os.path.isdir(directory) and not os.path.islink(directory):
             call("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", directory)
+    if own_home and os.path.isdir("/home"):
+        # What this runs may be in the /home that is covered.
+        os.mkdir("/run/home")
+        call("mount", "-n", "--rbind", "/home", "/run/home")
+        call("mount", "-n", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/home")
+        for directory in (REPOSITORY, sys.prefix, sys.base_prefix):
+            if directory.startswith("/home/"):
+                os.makedirs(directory, exist_ok=True)
+                call("mount", "-n", "--rbind", "/run" + directory, directory)
     files["shadow"] = b""  # without it useradd locks accounts where it must not
     files["hostname"] = host_name.encode() + b"\n"
     if hosts is not None:
@@ -180,7 +193,8 @@ def show(seen: Dict[str, Any]) -> None:
 
 def inside(options: argparse.Namespace, result: TextIO) -> int:
     """Furnish the VM, run the command in it, and show what came of it, or write it to result."""
-    furnish(options.host_name, None if options.no_hosts else options.hosts)
+    own_home = bool(options.admin_username) and os.access("/home", os.W_OK)
+    furnish(options.host_name, None if options.no_hosts else options.hosts, own_home)
     with from_arguments(options) as azure:
         for service, address in ADDRESSES.items():
             if service not in options.absent:

@@ -143,7 +143,8 @@ class StandInCase(unittest.TestCase):
         for name in ("az", "azcopy", "ssh"):
             path = os.path.join(self.directory, name)
             with open(path, "w", encoding="utf-8") as file:
-                file.write(f'#!/bin/sh\nexec {sys.executable} {fake_az.__file__} {name} "$@"\n')
+                program = " ".join(map(shlex.quote, [sys.executable, fake_az.__file__, name]))
+                file.write(f'#!/bin/sh\nexec {program} "$@"\n')
             os.chmod(path, 0o755)
         environment = sandbox.environment()
         self.environment = dict(environment, PATH=self.directory + ":" + environment["PATH"])

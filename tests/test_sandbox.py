@@ -490,10 +490,10 @@ class SandboxTest(SandboxCase):
         result = self.vm_command("sh", "-c", 'ls -A /run; echo "bus: $DBUS_SYSTEM_BUS_ADDRESS"')
         self.assertEqual(result.stdout, "bus: \n")
 
-    def test_logs_of_the_machine_cannot_be_written_and_its_homes_are_not_there(self) -> None:
-        result = self.vm_command("sh", "-c", "touch /var/x && rm /var/x && echo written; ls -A /home; touch /home/x")
-        self.assertEqual((result.status, result.stdout), (0, ""), result)
-        self.assertFalse(os.path.exists("/home/x"))
+    def test_logs_and_homes_of_the_machine_cannot_be_written(self) -> None:
+        for directory in ("/var", "/home"):
+            result = self.vm_command("sh", "-c", f"touch {directory}/x && rm {directory}/x && echo written")
+            self.assertEqual((result.status, result.stdout), (1, ""), result)
 
     def show(self, *arguments: str, user: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":
         """Run the sandbox as a person does, who reads what it prints."""
@@ -513,7 +513,7 @@ class SandboxTest(SandboxCase):
         if os.geteuid() == 0:
             self.assertEqual(done.returncode, 0, done.stdout)
             self.assertIn("made the user alice\nalice can log in, SSH keys: 1\nreported Ready", done.stdout)
-            done = self.show(*user, user=("setpriv", "--reuid=65534", "--clear-groups", "env", "HOME=/"))
+            done = self.show(*user, user=(*sandbox.ORDINARY_USER, "env", "HOME=/"))
         message = "sandbox: making a user takes more user IDs than one: run this as root\n"
         self.assertEqual((done.returncode, done.stdout), (1, message))
 
