@@ -642,11 +642,12 @@ CLIENTS = (
     Client(  # not `nmcli device reapply`, which does not send the name
         "nmcli --get-values DHCP4.OPTION device show {}", ".", ("nmcli --wait 7 device connect {}",), ""
     ),
-    Client("dhcpcd --dumplease {}", "ip_address=", ("dhcpcd --renew {}",), "/var/lib/dhcpcd/{}.lease"),
     # ifupdown's: one that we started by ifup would die with our unit.
     Client(
         "systemctl --no-pager --full status", r"(?m)\bdhclient .* {}$", ("systemctl restart networking.service",), ""
     ),
+    # The last, for asked where it does not run it logs an error.
+    Client("dhcpcd --dumplease {}", "ip_address=", ("dhcpcd --renew {}",), "/var/lib/dhcpcd/{}.lease"),
 )
 
 
