@@ -5,7 +5,7 @@ umask 022
 export LC_ALL=C # what is in an image may be in no encoding at all
 
 usage='usage: install.sh [--user] [--root DIR] [--force]
-       install.sh --generalize [--remove-user NAME]... [--yes] [--root DIR] [--force]
+       install.sh --generalize [--remove-user NAME]... [--check] [--yes] [--root DIR] [--force]
        install.sh --uninstall [--root DIR] [--force]
 
 Copy the program to /usr/local/sbin/azure-provisioning and its unit to /etc/systemd/system, and enable the unit, so that
@@ -17,6 +17,7 @@ it runs at the next boot. Run it again to enable the unit again, or to replace a
                 host keys, leases, logs, what other agents left), so that it can become many VMs, and enable the unit
   --remove-user NAME
                 with --generalize, take away the account of who built the image, with its home, groups and rules of sudo
+  --check       with --generalize, tell all that it would refuse and forget, and change nothing
   --yes         go on without a question
   --uninstall   take away all that was installed, but for what somebody else has changed since
   --root DIR    the system to work on: an image mounted at DIR, instead of this one
@@ -58,13 +59,21 @@ uninstall() {
     set -- "$wants/$unit" "$wants/$ssh_unit" "$preset" "$user_dropin" "$units/$unit" "$units/$ssh_unit" "$program"
     check_reach "$@"
     begin
+    ! running || rm -f "$again" # or it would forget once more at shutdown
+    found=''
+    for path; do
+        ! there "$path" || found=yes
+    done
+    if [ -z "$found" ]; then
+        say "nothing of it is installed in ${root:-/}"
+        return
+    fi
     for path; do
         take_away "$path"
     done
     for path in "$preset" "$user_dropin"; do
         ! enter "${path%/*}" || rmdir "$PWD" 2>/dev/null || : # something else is in it
     done
-    ! running || rm -f "$again" # or it would forget once more at shutdown
     reload
     if runs /usr/sbin/sshd && [ -z "$(having /etc/ssh 'ssh_host_*_key' .)" ]; then
         say "left ${root:-/} without SSH host keys, which sshd does not start without: run ssh-keygen -A there"
@@ -77,15 +86,22 @@ generalize() {
     check_installed
     check_agents
     check_ours "$wants/$unit" "$wants/$ssh_unit" "$units/$ssh_unit"
-    check_files /etc/machine-id
+    check_files /etc/machine-id /etc/hostname
     check_network_is_for_every_vm
     check_network_comes_up
+    check_netplan
     check_fstab
     check_removal
     see_what_opens
     forget # nothing yet, but object where that will not be possible
+    if [ -n "$check" ]; then
+        tell_what_is_left
+        begin
+        return
+    fi
     confirm
     begin
+    unbind_netplan
     put 644 "$units/$ssh_unit" signed the_ssh_unit
     enable_unit "$ssh_unit"
     enable_unit "$unit"
@@ -117,7 +133,11 @@ remove      /var/lib/NetworkManager/*.lease*        leases of NetworkManager
 remove      /var/lib/NetworkManager/secret_key      secret of NetworkManager, from which it makes identifiers
 remove      /var/lib/NetworkManager/seen-bssids     networks that were seen
 remove      /var/lib/NetworkManager/timestamps      connections that were used
-remove_file /etc/resolv.conf                        name servers of the network that it was in
+remove_made /etc/resolv.conf                        name servers of the network that it was in
+remove      /etc/lvm/devices/system.devices         the only disks that LVM would look at
+remove      /etc/*shadow-                           passwords before their last change
+remove      /etc/passwd-                            accounts before their last change
+remove      /etc/group-                             groups before their last change
 remove      /var/lib/systemd/random-seed            secret seed of the random numbers of every VM
 remove      /var/lib/urandom/random-seed            secret seed of the random numbers of every VM
 remove      /efi/loader/random-seed                 secret seed of the random numbers of every VM
@@ -135,6 +155,9 @@ clear       /var/log/journal                        journal, filed under the old
 clear_files /var/log                                logs
 remove      /var/lib/lastlog/*                      times of logins
 remove      /var/lib/wtmpdb/*                       times of logins and boots
+keep        /etc/krb5.keytab                        keys of Kerberos, which every VM will have
+keep        /etc/pki/consumer/*.pem                 identity in Red Hat's subscriptions, which every VM will have
+keep        /var/lib/ubuntu-advantage/private/*     tokens of Ubuntu Pro, which every VM will have
 keep        ~/.ssh/id_*                             private keys, which every VM will have
 keep        ~/.azure                                credentials, which every VM will have
 keep        ~/.aws                                  credentials, which every VM will have
@@ -203,7 +226,7 @@ systemd-networkd.service  /usr/local/lib/systemd/network  *.network      $networ
 systemd-networkd.service  /usr/lib/systemd/network        [!8]*.network  $networkd
 networking.service        /etc/network                    interfaces     ^[[:space:]]*($interface|source.*/run/network)
 networking.service        /etc/network/interfaces.d       *              ^[[:space:]]*$interface
-/usr/sbin/netplan         /etc/netplan                    *.yaml         .
+/usr/sbin/netplan         /etc/netplan                    *.yaml         dhcp4["']?[[:space:]]*:[[:space:]]*(true|yes|on|y)
 NetworkManager.service
 dhcpcd*.service
 wicked*.service
@@ -287,6 +310,11 @@ blocked() {
 # at PATH: go to its directory, and set name to what it is called there, or fail.
 at() {
     enter "${1%/*}" && name=./${1##*/}
+}
+
+# there PATH: go to what is there, whatever it is, or fail.
+there() {
+    at "$1" && { [ -L "$name" ] || [ -e "$name" ]; }
 }
 
 # file PATH: go to a file, or fail.
@@ -439,10 +467,8 @@ enable_unit() {
 
 # take_away PATH: a file or link, but for what others made of it.
 take_away() {
-    at "$1" || return 0
-    if [ ! -L "$name" ] && [ ! -e "$name" ]; then
-        return
-    elif is_ours "$name"; then
+    there "$1" || return 0
+    if is_ours "$name"; then
         rm "$name"
     elif [ -n "$force" ] && { [ -L "$name" ] || [ ! -d "$name" ]; }; then
         rm -f "$name"
@@ -499,8 +525,8 @@ forget() {
             '~'/*) in_homes "$how" "${what#?}" ;;
             *) "$how" "$what" ;;
         esac
-        [ -z "$changing" ] || [ -z "$changed" ] || say "forgot $what: $whose"
-        [ -z "$changing" ] || [ -z "$kept" ] || say "left$kept: $whose"
+        [ -z "$changing$check" ] || [ -z "$changed" ] || say "$forgot $what: $whose"
+        [ -z "$changing$check" ] || [ -z "$kept" ] || say "left$kept: $whose"
     done 3<<end
 $(forgotten)
 end
@@ -549,6 +575,16 @@ clear_files() { delete "$1" -type f; }
 remove() { delete "${1%/*}" -maxdepth 1 -name "${1##*/}" ! -type d; }
 # Where it is a link, that leads to what is made anew in each boot.
 remove_file() { delete "${1%/*}" -maxdepth 1 -name "${1##*/}" -type f; }
+
+# remove_made PATH: a file that what is enabled makes anew, as networkd alone does not, or keep it, but say so.
+remove_made() {
+    check_writable "$1"
+    if [ -n "$(enabled systemd-resolved.service)" ] || configuring | grep -Eqv '^(systemd-networkd\.service|/.*/netplan)$'; then
+        remove_file "$1"
+    elif file "$1" && grep '^[[:space:]]*nameserver' "$name" | grep -Fqv 168.63.129.16; then
+        kept=" $1"
+    fi
+}
 
 # keep FILES: but say so, unless it is the public half of a key.
 keep() {
@@ -628,6 +664,8 @@ tell_what_is_left() {
     [ -z "$with_keys" ] || say "left what opens every VM, authorized keys of:$with_keys"
     [ -z "$with_sudo" ] || say "left rules of sudo for them:$with_sudo"
     [ -z "$with_password" ] || say "left what opens every VM, a password of:$with_password"
+    [ -z "$(having /etc/iscsi initiatorname.iscsi '^InitiatorName=')" ] ||
+        say 'left /etc/iscsi/initiatorname.iscsi: name at iSCSI targets, which every VM will have'
     for files in sshd_config 'sshd_config.d/*.conf'; do
         having /etc/ssh "$files" '^[[:space:]]*[Hh][Oo][Ss][Tt][Kk][Ee][Yy][[:space:]=]'
     done | while read -r config; do
@@ -774,8 +812,19 @@ end
 # check_reach PATH...: their directories must be there, or possible to make.
 check_reach() {
     for path; do
-        ! blocked "${path%/*}" || refuse "$path is out of reach in ${root:-/}: $obstacle is no directory in it"
+        if blocked "${path%/*}"; then
+            refuse "$path is out of reach in ${root:-/}: $obstacle is no directory in it"
+        elif [ ! -w . ]; then # we are in it, or in the nearest that there is
+            refuse "$path cannot be written in ${root:-/}: $PWD is read-only"
+        fi
     done
+}
+
+# check_writable PATH: a file must not be immutable, or this would end half-way.
+check_writable() {
+    if file "$1" && [ ! -w "$name" ]; then
+        refuse "$1 cannot be written in ${root:-/}: run chattr -i for it"
+    fi
 }
 
 # check_files PATH...: they must be files or links, if they are there.
@@ -785,6 +834,7 @@ check_files() {
         if at "$path" && [ ! -L "$name" ] && [ -e "$name" ] && [ ! -f "$name" ]; then
             refuse "$path is there in ${root:-/} and is no file: remove it"
         fi
+        [ ! -w . ] || check_writable "$path"
     done
 }
 
@@ -811,7 +861,9 @@ check_installed() {
 
 check_network_is_for_every_vm() {
     while read -r why where files line remedy; do
-        found=$(having "$where" "$files" "$line")
+        found=$(having "$where" "$files" "$line" | while read -r config; do
+            ! at "$config" || ! unbound "$name" | grep -Eq -e "$line" || echo "$config"
+        done)
         case $why in
             mac) why='is bound to a MAC address, and every VM has another' ;;
             name) why="has its own name sent, so that Azure's DNS would not know the VM's" ;;
@@ -833,19 +885,63 @@ asks_by_dhcpcd() {
     [ -n "$(enabled networking.service)" ] && ! runs /usr/sbin/dhclient && ! runs /sbin/dhclient
 }
 
-check_network_comes_up() {
+# unbound NAME: print a file of netplan as it is after the line of a MAC address beside that of the driver, which cloud-init
+# writes on Azure, is taken out: the driver is what each VM's interface has. Other files are printed as they are.
+unbound() {
+    mac="macaddress: *[\"']?[0-9A-Fa-f:]*[\"']? *"
+    sed -nE "H;\$!d;x;s/(\n *)(driver:[^\n]*)\1$mac(\n|\$)/\1\2\3/g;s/(\n *)$mac\1driver:/\1driver:/g;s/^\n//p" "$1"
+}
+
+unbind_netplan() {
+    having /etc/netplan '*.yaml' macaddress | while read -r config; do
+        at "$config" || continue
+        if [ "$(unbound "$name")" != "$(cat "$name")" ]; then
+            put 600 "$config" unbound "$name"
+            say "took out of $config the line of the MAC address, beside that of the driver"
+        fi
+    done
+}
+
+# By this machine's netplan, on copies.
+check_netplan() {
+    found=$(having /etc/netplan '*.yaml' .)
+    if ! runs /usr/sbin/netplan || [ -z "$found" ]; then
+        return
+    elif ! command -v netplan >/dev/null; then
+        warn "whether /etc/netplan is right is not known, for this machine has no netplan: run netplan generate there"
+        return
+    fi
+    copies=$(mktemp -d)
+    mkdir -p "$copies/etc/netplan"
+    echo "$found" | while read -r config; do
+        ! at "$config" || unbound "$name" >"$copies$config"
+    done
+    if ! said=$(netplan generate --root-dir "$copies" 2>&1); then
+        object "netplan refuses what /etc/netplan says in ${root:-/}: $said"
+    elif [ -z "$(find "$copies/run" -type f -exec grep -Eq '^(DHCP=(yes|ipv4)|method=auto)' {} \; \
+        -exec grep -Eq '^(Name|OriginalName|Driver|Path|[Tt]ype)=' {} \; -print)" ]; then
+        object "of what /etc/netplan says in ${root:-/} netplan makes no network with DHCP: give an interface 'dhcp4: true'"
+    fi
+    rm -r "$copies"
+}
+
+# configuring: print what would configure the network.
+configuring() {
     while read -r what where files line; do
         case $what in
             /*) runs "$what" || continue ;;
             *) [ -n "$(enabled "$what")" ] || continue ;;
         esac
         if [ -z "$where" ] || [ -n "$(having "$where" "$files" "$line")" ]; then
-            return
+            echo "$what"
         fi
     done <<end
 $(networks)
 end
-    object "nothing that is enabled in ${root:-/} would configure the network: enable systemd-networkd, with a .network file that matches 'Driver=hv_netvsc', or NetworkManager, or networking, with eth0 in /etc/network/interfaces"
+}
+
+check_network_comes_up() {
+    [ -n "$(configuring)" ] || object "nothing that is enabled in ${root:-/} would configure the network: enable systemd-networkd, with a .network file that matches 'Driver=hv_netvsc', or NetworkManager, or networking, with eth0 in /etc/network/interfaces"
 }
 
 # A disk that is not there means emergency mode, without a network, unless its line has nofail.
@@ -872,33 +968,35 @@ object_to_disk() {
 
 # The command line.
 
+# misused WHY
 misused() {
-    echo "$usage" >&2
+    warn "$1; install.sh --help shows the usage"
     exit 2
 }
 
-root='' action=install user='' removed='' yes='' force=''
+root='' action=install user='' removed='' check='' forgot=forgot yes='' force=''
 while [ $# -gt 0 ]; do
     case $1 in
         --root=?*) root=${1#--root=} ;;
         --root) # an empty DIR is a variable that was not set, and does not mean this system
             root=${2:-}
-            [ -n "$root" ] || misused
+            [ -n "$root" ] || misused '--root wants a directory'
             shift
             ;;
         --uninstall | --generalize)
-            [ "$action" = install ] || misused
+            [ "$action" = install ] || misused "--$action and $1 at once"
             action=${1#--}
             ;;
         --at-shutdown) # for forget_again_at_shutdown() alone
-            [ "$0" = "$again" ] || misused
+            [ "$0" = "$again" ] || misused "$1 is for the shutdown alone"
             action=at_shutdown
             ;;
         --remove-user)
-            case ${2:-} in '' | -* | *[!A-Za-z0-9._-]*) misused ;; esac
+            case ${2:-} in '' | -* | *[!A-Za-z0-9._-]*) misused '--remove-user wants the name of an account' ;; esac
             removed="$removed $2"
             shift
             ;;
+        --check) check=yes forgot='would forget' ;;
         --yes) yes=yes ;;
         --user) user=yes ;;
         --force) force=yes ;;
@@ -906,12 +1004,12 @@ while [ $# -gt 0 ]; do
             echo "$usage"
             exit
             ;;
-        *) misused ;;
+        *) misused "what is $1" ;;
     esac
     shift
 done
-[ -z "$user" ] || [ "$action" = install ] || misused
-[ -z "$removed$yes" ] || [ "$action" = generalize ] || misused
+[ -z "$user" ] || [ "$action" = install ] || misused '--user is for installing'
+[ -z "$removed$check$yes" ] || [ "$action" = generalize ] || misused '--remove-user, --check and --yes are for --generalize'
 case $0 in
     /*) here=${0%/*} ;;
     */*) here=$PWD/${0%/*} ;;

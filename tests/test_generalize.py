@@ -34,6 +34,11 @@ OWN = (
     "var/lib/NetworkManager/seen-bssids",
     "var/lib/NetworkManager/timestamps",
     "etc/resolv.conf",
+    "etc/lvm/devices/system.devices",
+    "etc/shadow-",
+    "etc/gshadow-",
+    "etc/passwd-",
+    "etc/group-",
     "var/lib/systemd/random-seed",
     "var/lib/urandom/random-seed",
     "efi/loader/random-seed",
@@ -95,6 +100,7 @@ class GeneralizeCase(InstallCase):
         self.write("etc/passwd", "root:x:0:0::/root:\nalice:x:1000:1000::/home/alice:/bin/sh\nbob:x:1:1::/srv/bob:\n")
         self.write("etc/shadow", "root:*:1::::::\nalice:!:1::::::\nbob:!$6$salt$hash:1::::::\n")
         self.unit("systemd-networkd.service")
+        self.unit("systemd-resolved.service")
         self.write(NETWORK, "[Match]\nDriver=hv_netvsc\n[Network]\nDHCP=yes\n")
         self.program("usr/sbin/sshd")
         self.program("usr/bin/ssh-keygen")
@@ -108,8 +114,8 @@ class GeneralizeCase(InstallCase):
         self.write("etc/machine-id", "0123456789abcdef0123456789abcdef\n")
         self.write("etc/hostname", "web-01\n")
 
-    def check_generalized(self, *arguments: str, warnings: str = "") -> str:
-        done = self.install("--generalize", *arguments)
+    def check_generalized(self, *arguments: str, warnings: str = "", first: str = ":") -> str:
+        done = self.install("--generalize", *arguments, first=first)
         self.assertEqual(done.returncode, 0, done)
         self.assertRegex(done.stderr, rf"\A{warnings}\Z")
         self.assertRegex(done.stdout, r"(\A|\n)generalized .*: capture it before it boots again\n\Z")
@@ -320,6 +326,8 @@ class ForgetTest(GeneralizeCase):
             printf '#!/bin/sh\\necho "systemctl $*"\\n' >/run/bin/systemctl
             chmod 755 /run/bin/systemctl
             PATH=/run/bin:$PATH
+            mkdir -p /etc/systemd/system/multi-user.target.wants
+            ln -s /azure-provisioning.service /etc/systemd/system/multi-user.target.wants
             sh "$0" --uninstall
             """
         )
@@ -442,6 +450,7 @@ class HostKeysTest(GeneralizeCase):
         self.assertEqual({SSH_UNIT, SSH_WANTS, PROGRAM, UNIT} & set(self.tree()), set())
         self.assertRegex(done.stdout, "(?m)^left .* without SSH host keys, .*: run ssh-keygen -A there$")
         self.write("etc/ssh/ssh_host_ed25519_key", "made again\n")
+        self.check_installed()
         self.assertNotIn("left", self.install("--uninstall").stdout)
 
 
@@ -600,10 +609,123 @@ class NoImageTest(GeneralizeCase):
                     self.check_refused("nothing that is enabled in", "--generalize")
                     self.write(name, text)
                 self.check_generalized()
+
+    def netplan(self, code: str) -> str:
+        """Make the machine's netplan, and return what has it found. It gets code's variable $into."""
+        self.no_network()
+        self.program("usr/sbin/netplan")  # the image's own is not run
+        os.mkdir(self.directory + "/bin")
+        with open(self.directory + "/bin/netplan", "w", encoding="utf-8") as file:
+            file.write(f'#!/bin/sh\n[ "$1 $2" = "generate --root-dir" ] || exit 2\ninto=$3/run\n{code}\n')
+        os.chmod(self.directory + "/bin/netplan", 0o755)
+        return f"PATH='{self.directory}/bin':$PATH"
+
+    def test_what_netplan_makes_of_its_configuration(self) -> None:
+        networkd, manager = "systemd/network/x.network", "NetworkManager/system-connections/x"
+        nothing = "of what /etc/netplan says in .* netplan makes no network with DHCP: .*--force"
+        for name, text, reason in (
+            (networkd, "[Match]\nName=eth0\n[Network]\nDHCP=ipv4\n", ""),
+            (networkd, "[Match]\nDriver=hv_netvsc\n[Network]\nDHCP=yes\n", ""),
+            (manager, "[connection]\ntype=ethernet\n[ipv4]\nmethod=auto\n", ""),
+            (networkd, "[Match]\n[Network]\nDHCP=ipv4\n", nothing),
+            (networkd, "[Match]\nName=eth0\n[Network]\nAddress=10.0.0.4/24\n", nothing),
+            (networkd.replace(".network", ".link"), "[Match]\nDriver=hv_netvsc\n", nothing),
+            (manager, "[connection]\ntype=ethernet\n[ipv4]\nmethod=manual\n", nothing),
+        ):
+            with self.subTest(text):
+                self.setUp()
+                made = os.path.join("$into", name)
+                first = self.netplan(f"mkdir -p {os.path.dirname(made)}; printf '{text}' >{made}".replace("\n", "\\n"))
+                self.write("etc/netplan/01.yaml", "network: {ethernets: {eth0: {dhcp4: true}}}\n")
+                if reason:
+                    self.check_refused(reason, "--generalize", first=first)
+                else:
+                    self.check_generalized(first=first)
+
+    def test_what_netplan_refuses(self) -> None:
+        first = self.netplan("echo 'Invalid YAML:'; echo '  indentation' >&2; exit 1")
+        self.write("etc/netplan/01.yaml", "network: {ethernets: {eth0: {dhcp4: true}}}\n")
+        self.check_refused(
+            "netplan refuses what /etc/netplan says in .*: Invalid YAML:   indentation, or use --force",
+            "--generalize",
+            first=first,
+        )
+
+    def test_a_machine_without_netplan_says_that_it_was_not_asked(self) -> None:
         self.no_network()
         self.program("usr/sbin/netplan")
-        self.write("etc/netplan/01.yaml", "network: {}\n")
-        self.check_generalized()
+        self.write("etc/netplan/01.yaml", "network: {ethernets: {eth0: {dhcp4: true}}}\n")
+        hidden = "for f in /usr/sbin/netplan /usr/bin/netplan; do [ ! -e $f ] || mount --bind /dev/null $f; done"
+        warning = "install.sh: whether /etc/netplan is right is not known, .*: run netplan generate there\n"
+        self.check_generalized(warnings=warning, first=hidden)
+
+    def test_a_netplan_without_dhcp_does_not_count(self) -> None:
+        self.no_network()
+        self.program("usr/sbin/netplan")
+        for text in ("network: {}\n", "network: {ethernets: {eth0: {addresses: [10.0.0.4/24], dhcp4: false}}}\n"):
+            self.write("etc/netplan/01.yaml", text)
+            done = self.install("--generalize")
+            self.assertIn("install.sh: nothing that is enabled in", done.stderr)
+
+    def test_the_mac_address_beside_the_driver_is_taken_out_of_a_netplan(self) -> None:
+        mac, driver = 'macaddress: "00:0d:3a:12:34:56"\n', "driver: hv_netvsc\n"
+        for text, left in (
+            ("a:\n  match:\n    {driver}    {mac}  dhcp4: true\n", "a:\n  match:\n    {driver}  dhcp4: true\n"),
+            ("a:\n  match:\n    {mac}    {driver}  dhcp4: true\n", "a:\n  match:\n    {driver}  dhcp4: true\n"),
+            ("{driver}{mac}b:\n  {mac}  {driver}", "{driver}b:\n  {driver}"),
+            ("# none\n\n{driver}{mac}", "# none\n\n{driver}"),
+            # The address that an interface is to have, and what only looks like it.
+            ("match:\n  {driver}{mac}", ""),
+            ("match:\n  {driver}  x: y\n  {mac}", ""),
+            ("match:\n  {driver}  {mac}other:\n  {mac}", ""),
+        ):
+            with self.subTest(text):
+                self.setUp()
+                self.write("etc/netplan/50-cloud-init.yaml", text.format(mac=mac, driver=driver))
+                if left:
+                    said = "took out of /etc/netplan/50-cloud-init.yaml the line of the MAC address, beside"
+                    self.assertIn(said, self.check_generalized())
+                    entry = self.tree()["etc/netplan/50-cloud-init.yaml"]
+                    self.assertEqual(entry[:2], (0o100600, left.format(driver=driver)))
+                    self.assertNotIn("took out", self.check_generalized())
+                else:
+                    self.check_refused(
+                        "/etc/netplan/50-cloud-init.yaml in .* is bound to a MAC address", "--generalize"
+                    )
+
+    def test_what_cannot_be_written(self) -> None:
+        self.check_refused(
+            f"/{PROGRAM} cannot be written in .*: {re.escape(self.root)}/usr/local/sbin is read-only",
+            first=f"mount --bind '{self.root}/usr/local' '{self.root}/usr/local'; "
+            f"mount -o remount,bind,ro '{self.root}/usr/local'",
+        )
+        for name in ("etc/hostname", "etc/resolv.conf", "etc/machine-id"):
+            path = f"'{self.root}/{name}'"
+            self.check_refused(
+                f"/{name} cannot be written in .*: run chattr -i for it",
+                "--generalize",
+                first=f"mount --bind {path} {path}; mount -o remount,bind,ro {path}",
+            )
+
+    def test_a_check_tells_all_and_changes_nothing(self) -> None:
+        self.write("home/alice/.ssh/authorized_keys", "ssh-ed25519 AAAA alice\n")
+        before = self.tree()
+        done = self.install("--generalize", "--check")
+        self.assertEqual((done.returncode, done.stderr), (0, ""), done)
+        self.assertEqual(self.tree(), before)
+        told = [line for line in done.stdout.splitlines() if not line.startswith("would forget ")]
+        self.assertEqual(told, ["left what opens every VM, authorized keys of: alice"])
+        forgot = self.check_generalized().splitlines()
+        self.assertEqual(
+            [line.replace("would forget", "forgot") for line in done.stdout.splitlines()],
+            [line for line in forgot if line.startswith(("forgot", "left"))],
+        )
+        self.use()
+        self.unit("waagent.service")
+        done = self.install("--generalize", "--check")
+        self.assertEqual(done.returncode, 1, done)
+        self.assertIn("would forget /etc/hostname: ", done.stdout)
+        self.assertRegex(done.stderr, "waagent is enabled in .*; nothing was changed\n")
 
     def test_what_configures_other_interfaces_does_not_count(self) -> None:
         for unit, name, text in (
@@ -777,6 +899,8 @@ class RemoveUserTest(GeneralizeCase):
         shutil.rmtree(self.path("home/azureuser"))
         self.link(self.outside, "home/azureuser")
         for name in ("passwd-", "passwd+", "passwd.lock", "subuid-", "login.defs", "sudoers.d/x"):
+            if os.path.exists(self.path("etc/" + name)):
+                os.unlink(self.path("etc/" + name))
             self.link(self.outside + "/victim", "etc/" + name)
         done = self.install("--generalize", "--remove-user", "azureuser", "--force")
         self.assertEqual(done.returncode, 0, done)
@@ -796,6 +920,29 @@ class RemoveUserTest(GeneralizeCase):
         self.assertIn("authorized keys of: azureuser\n", self.check_generalized())
         self.use()
         self.assertNotIn("left ", self.check_generalized("--remove-user", "azureuser"))
+
+
+class ResolvConfTest(GeneralizeCase):
+    """/etc/resolv.conf is forgotten where it is made anew."""
+
+    def test_it_is_kept_where_nobody_makes_it_anew(self) -> None:
+        for unit, text, forgotten, told in (
+            ("", "nameserver 10.0.0.1\n", False, True),
+            ("", "search x\nnameserver 168.63.129.16\n", False, False),
+            ("NetworkManager.service", "nameserver 10.0.0.1\n", True, False),
+            ("dhcpcd.service", "nameserver 168.63.129.16\n", True, False),
+            ("systemd-resolved.service", "nameserver 10.0.0.1\n", True, False),
+        ):
+            with self.subTest(unit, text=text):
+                self.setUp()
+                os.unlink(self.path("etc/systemd/system/multi-user.target.wants/systemd-resolved.service"))
+                if unit:
+                    self.unit(unit)
+                self.write("etc/resolv.conf", text)
+                said = self.check_generalized()
+                self.assertEqual("forgot /etc/resolv.conf: " in said, forgotten)
+                self.assertEqual("left /etc/resolv.conf: name servers of the network that" in said, told)
+                self.assertEqual("etc/resolv.conf" in self.tree(), not forgotten)
 
 
 class LeftTest(GeneralizeCase):
@@ -836,6 +983,15 @@ class LeftTest(GeneralizeCase):
         self.assertRegex(self.left()[0], "left SSH host keys that every VM will have: /etc/ssh/sshd_config.d/x.conf")
         self.write("etc/ssh/sshd_config", "HostKey /srv/key\n")
         self.assertRegex(self.left()[0], "left SSH host keys that every VM will have: /etc/ssh/sshd_config names")
+
+    def test_identities_elsewhere(self) -> None:
+        self.write("etc/iscsi/initiatorname.iscsi", "GenerateName=yes\n")
+        self.assertEqual(self.left(), [])
+        self.write("etc/iscsi/initiatorname.iscsi", "InitiatorName=iqn.1993-08.org.debian:01:a\n")
+        for name in ("etc/krb5.keytab", "etc/pki/consumer/key.pem", "var/lib/ubuntu-advantage/private/token"):
+            self.write(name, "secret")
+            self.assertRegex(self.left()[-2], f"^left /{name}: .*, which every VM will have$")
+        self.assertRegex(self.left()[-1], "^left /etc/iscsi/initiatorname.iscsi: .*, which every VM will have$")
 
     def test_secrets_in_homes(self) -> None:
         secrets = (
