@@ -109,7 +109,8 @@ class Subscription:
         return self.get(self.gallery(options))
 
     def vm_create(self, options: Options) -> Any:
-        self.get(options["--image"])
+        if options["--image"].count(":") != 3:  # which names one of the Marketplace
+            self.get(options["--image"])
         address = f"192.0.2.{len(self.resources)}"
         return self.add(
             self.path(options, "virtualMachines"),

@@ -29,6 +29,8 @@ USER = "alice"
 VM_SHOW, GROUP_EXISTS, GROUP_DELETE = ["az", "vm", "show"], ["az", "group", "exists"], ["az", "group", "delete"]
 VHD_SIZE = 2147484160  # 2 GiB and a footer
 
+UNPACK = "cd /dev/shm; tar -x"
+
 # Deletes the resource group once its standard input ends, as it does when we end, however that comes about.
 JANITOR = 'cat; [ "$(az group exists -n "$1")" = false ] || exec az group delete -n "$1" --yes'
 
@@ -45,7 +47,7 @@ class Journey:
     patience = 120.0  # for a login, once Azure says that the VM is ready
 
     def __init__(self, group: str, environment: Dict[str, str], make: str) -> None:
-        """Make is the commands that make build/azure.vhd."""
+        """Make is the commands that make build/azure.vhd; without them the builder is a Marketplace VM."""
         self.group = group
         self.environment = environment
         self.make = make
@@ -70,17 +72,17 @@ class Journey:
     def run_block(self, *commands: str) -> None:
         """Run the README's block in which all of commands are: in our group, with our key, and without logging in."""
         (text,) = (text for text in blocks() if all(command in text for command in commands))
-        text = re.sub(r"(?m)^ssh .*\n", "", text).replace("~/.ssh/id_ed25519", "key")
+        text = re.sub(r"(?m)^(ssh|scp) .*\n", "", text).replace("~/.ssh/id_ed25519", "key")
         self.sh(re.sub("( -g|az group create -n) web ", rf"\1 {self.group} ", text))
 
     def ask_azure(self, vm: str, key: str) -> str:
         return self.sh(f"az vm show -d -g {self.group} -n {vm} --query {key} -o tsv")
 
-    def ssh(self, vm: str, command: str, feed: str = "", check: bool = True) -> str:
-        """Run command in vm, fed by the shell's feed."""
+    def ssh(self, vm: str, command: str, feed: str = "", check: bool = True, user: str = USER) -> str:
+        """Run command in vm as user, fed by the shell's feed."""
         options = "-F none -i key -o BatchMode=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
         address = self.ask_azure(vm, "publicIps")
-        return self.sh(f"{feed} ssh {options} {USER}@{address} {shlex.quote(command)}", check)
+        return self.sh(f"{feed} ssh {options} {user}@{address} {shlex.quote(command)}", check)
 
     def check_vm(self, vm: str) -> None:
         """The VM is called vm, there and in Azure's DNS, and its unit is done."""
@@ -116,10 +118,16 @@ class Journey:
         product = "install.sh azure_provisioning.py azure-provisioning.service"
         self.sh(f"cd {shlex.quote(sandbox.REPOSITORY)}; cp {product} README.md {self.directory}")
         self.sh("ssh-keygen -q -t ed25519 -N '' -C '' -f key")
-        self.sh(self.make)
-        self.run_block("az disk create")
-        self.check_vm("builder")
-        self.ssh("builder", "cd /dev/shm; tar -x; sudo -n ./install.sh --generalize", feed=f"tar -c {product} |")
+        if self.make:
+            self.sh(self.make)
+            self.run_block("az disk create")
+            self.check_vm("builder")
+            self.ssh("builder", f"{UNPACK}; sudo -n ./install.sh --generalize", feed=f"tar -c {product} |")
+        else:
+            self.run_block("az vm create", "azureuser")
+            (forget,) = (text for text in blocks() if "--remove-user azureuser" in text)
+            # The connection ends with the machine, and so with an error.
+            self.ssh("builder", f"{UNPACK}\n{forget}", feed=f"tar -c {product} |", check=False, user="azureuser")
         self.run_block("az sig create", "--gallery-image-definition web")
         self.run_block("az vm generalize")
         self.run_block("az vm create", "-n web-01")
@@ -133,6 +141,9 @@ class AzureTest(unittest.TestCase):
     def test_from_nothing_to_a_vm_of_an_image_of_a_vm(self) -> None:
         Journey(os.environ[GROUP_VARIABLE], sandbox.environment(), recipe()).go()
 
+    def test_from_a_marketplace_vm_to_a_vm_of_its_image(self) -> None:
+        Journey(os.environ[GROUP_VARIABLE], sandbox.environment(), "").go()
+
 
 class StandInCase(unittest.TestCase):
     """The same way, with stand-ins for what would reach Azure."""
@@ -140,7 +151,7 @@ class StandInCase(unittest.TestCase):
     def setUp(self) -> None:
         self.directory = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, self.directory)
-        for name in ("az", "azcopy", "ssh"):
+        for name in ("az", "azcopy", "scp", "ssh"):
             path = os.path.join(self.directory, name)
             with open(path, "w", encoding="utf-8") as file:
                 program = " ".join(map(shlex.quote, [sys.executable, fake_az.__file__, name]))
@@ -150,8 +161,7 @@ class StandInCase(unittest.TestCase):
         self.environment = dict(environment, PATH=self.directory + ":" + environment["PATH"])
         self.environment[fake_az.DIRECTORY] = self.directory
 
-    def go(self, **environment: str) -> None:
-        make = f"mkdir build; truncate -s {VHD_SIZE} build/azure.vhd"
+    def go(self, make: str = f"mkdir build; truncate -s {VHD_SIZE} build/azure.vhd", **environment: str) -> None:
         journey = Journey("throwaway", dict(self.environment, **environment), make)
         journey.patience = 1
         journey.go()
@@ -174,6 +184,10 @@ class StandInTest(StandInCase):
         self.assertEqual(self.left(), [])
         made = [command[-1] for command in self.commands() if command[:3] == ["az", "vm", "create"]]
         self.assertEqual(len(made), 2)
+
+    def test_it_goes_from_the_marketplace_and_leaves_nothing(self) -> None:
+        self.go(make="")
+        self.assertEqual(self.left(), [])
 
     def test_it_runs_every_command_of_the_readme(self) -> None:
         self.go()
