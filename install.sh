@@ -177,7 +177,7 @@ bound() {
     nm="^[[:space:]]*(ipv4\.)?dhcp-(hostname${is}[^[:space:]]|send-hostname$is(false|no|0))"
     address='ATTRS?[{]address[}]==' named='NAME:?="'
     cat <<end
-mac   /etc/netplan                *.yaml              ^[^#]*macaddress["']?[[:space:]]*:      match 'driver: hv_netvsc'
+mac   /etc/netplan                *.yaml              ^[^#]*macaddress["']?[[:space:]]*:      remove the line, and match 'driver: hv_netvsc', for one interface
 mac   /etc/systemd/network        *.network           $networkd                               match 'Driver=hv_netvsc'
 mac   /etc/systemd/network        *.link              $networkd                               match 'Driver=hv_netvsc', or remove it
 mac   /etc/systemd/network        *.network.d/*.conf  $networkd                               remove the line
@@ -196,9 +196,11 @@ name  /etc/NetworkManager/conf.d  *.conf              $nm                       
 name  /etc/sysconfig/network-scripts  ifcfg-*         ^[[:space:]]*DHCP_HOSTNAME=["']?[^"'[:space:]] remove the line
 name  /etc/dhcp                   dhclient*.conf      ^[[:space:]]*(send|supersede)[[:space:]]+host-name[[:space:]]+" say 'send host-name = gethostname();'
 name  /etc                        dhcpcd.conf         ^[[:space:]]*hostname[[:space:]]+[^#[:space:]] say 'hostname' alone
+port  /etc/netplan                *.yaml              (^|[[:space:]{"'])${port}[a-z0-9]*["']?:|name:[[:space:]]*["']?$port match 'driver: hv_netvsc'
+port  /etc/NetworkManager/system-connections  *       ^[[:space:]]*interface-name$is$port     remove the line
 port  /etc/systemd/network        *.network           ^[[:space:]]*Name$is$port               match 'Driver=hv_netvsc'
-port  /etc/network                interfaces          ^[[:space:]]*(auto|allow-hotplug)[[:space:]]+$port it is eth0
-port  /etc/network/interfaces.d   *                   ^[[:space:]]*(auto|allow-hotplug)[[:space:]]+$port it is eth0
+port  /etc/network                interfaces          ^[[:space:]]*(auto|allow-hotplug)([[:space:]].*)?[[:space:]]$port it is eth0
+port  /etc/network/interfaces.d   *                   ^[[:space:]]*(auto|allow-hotplug)([[:space:]].*)?[[:space:]]$port it is eth0
 end
 }
 
@@ -330,7 +332,8 @@ runs() {
 # having DIR FILES LINE: print those files of DIR that have such a line.
 having() {
     enter "$1" || return 0
-    find . -xdev -type f -path "./$2" -exec grep -El -e "$3" {} + | sed "s|^\.|$1|"
+    case $2 in */*) depth=2 ;; *) depth=1 ;; esac # to -path, a * is also what has a slash
+    find . -xdev -mindepth $depth -maxdepth $depth -type f -path "./$2" -exec grep -El -e "$3" {} + | sed "s|^\.|$1|"
 }
 
 # starts UNIT: whether it, or the template of which it is an instance, is there and not masked, by an empty file or a link.
@@ -559,9 +562,28 @@ look_in() {
     enter "$1"
 }
 
+# mounted_below: print what is mounted below the directory that we are in.
+mounted_below() {
+    cut -d ' ' -f 5 /proc/self/mountinfo | while read -r point; do
+        case $point in *\\*) point=$(printf %b "$point") ;; esac # a space is \040
+        case $point in "$PWD"/*) echo "$point" ;; esac
+    done
+}
+
+# bound_below: print what of this very file system is; find -xdev would go there.
+bound_below() {
+    mounted_below | while read -r point; do
+        [ "$(stat -c %d "$point")" != "$(stat -c %d .)" ] || echo "$point"
+    done
+}
+
 # delete DIR [TEST...]: what find finds in it.
 delete() {
     look_in "$1" || return 0
+    found=$(bound_below)
+    if [ -z "$changing" ] && [ -n "$found" ]; then
+        object "$found shows what is elsewhere, and would be emptied: unmount it"
+    fi
     shift
     if [ -n "$(find . -xdev -mindepth 1 "$@")" ]; then
         changed=yes
@@ -694,7 +716,7 @@ stays() {
 
 # rule_of ACCOUNT: print what a line with a rule of sudo for it begins with.
 rule_of() {
-    printf '^"?%s"?[[:space:]]' "$(printf %s "$1" | sed 's/\./[.]/g')"
+    printf '^[[:space:]]*"?%s"?[[:space:]]' "$(printf %s "$1" | sed 's/\./[.]/g')"
 }
 
 # rules_for ACCOUNT: print the files that have such lines.
@@ -715,34 +737,50 @@ check_removal() {
     for account in $removed; do
         if ! find_account "$account" || [ "$uid" = 0 ]; then
             refuse "no account $account in ${root:-/} that could be removed"
+        elif enter "$home" && found=$(mounted_below) && [ -n "$found" ]; then
+            refuse "$found is mounted in the home of $account: unmount it"
         fi
     done
     [ -z "$removed" ] || command -v userdel >/dev/null || refuse 'this machine has no userdel'
 }
 
+# The account itself is the last, so that what was interrupted can be done again.
 remove_user() {
     find_account "$1"
-    remove_from_lists "$1"
-    remove_home
+    remove_home "$1"
     for spool in /var/mail /var/spool/mail /var/spool/cron /var/spool/cron/crontabs /var/lib/systemd/linger; do
         remove "$spool/$1"
     done
     rules_for "$1" | while read -r rules; do
-        put 440 "$rules" sed -E "/$(rule_of "$1")/d; /^# User rules for $1\$/d" "./${rules##*/}"
+        put 440 "$rules" sed -E "/$(rule_of "$1")/{:a;/\\\\$/{N;ba};d};/^# User rules for $1\$/d" "./${rules##*/}"
         grep -q '^[[:space:]]*[^#[:space:]]' "$name" || rm "$name"
     done
-    say "removed the account $1"
+    remove_from_lists "$1"
+    named="(^|[^A-Za-z0-9._-])$(printf %s "$1" | sed 's/\./[.]/g')([^A-Za-z0-9._-]|\$)"
+    found=$(having /etc sudoers "$named" && having /etc/sudoers.d '*' "$named")
+    say "removed the account $1${found:+, but not from rules of sudo: $found}"
 }
 
-# Where it is below /home and nobody else's.
+# Where it is below /home, where it says, and neither somebody else's nor above theirs.
 remove_home() {
-    if file /etc/passwd && ! cut -d: -f6 "$name" | grep -qxF -e "$home" &&
-        enter /home && homes=$PWD && enter "$home" && [ "$PWD" != "${PWD#"$homes"/}" ]; then
+    if is_home_alone "$1"; then
+        enter "$home"
         find . -xdev -mindepth 1 -delete
         rmdir "$PWD"
-    else
+    elif there "$home"; then
         say "left the home $home"
     fi
+}
+
+is_home_alone() {
+    enter /home && homes=$PWD && enter "$home" && mine=$PWD || return
+    below=${home#/home/}
+    [ "$mine" = "$homes/${below%/}" ] && [ "$mine" != "$homes/" ] && file /etc/passwd || return
+    while IFS=: read -r listed _ _ _ _ theirs _ || [ -n "$listed" ]; do
+        if [ "$listed" != "$1" ] && enter "$theirs"; then
+            case $PWD/ in "$mine"/*) return 1 ;; esac
+        fi
+    done <"$name"
 }
 
 # By this machine's userdel, but on copies: in an image it would follow links, and do what login.defs says.
@@ -754,7 +792,7 @@ remove_from_lists() {
         ! file "/etc/$list" || cp -p "$name" "$copies/etc/$list"
     done
     userdel --prefix "$copies" --force "$1"
-    for list in passwd shadow group gshadow subuid subgid; do
+    for list in shadow group gshadow subuid subgid passwd; do
         file "/etc/$list" || continue
         temporary=$(mktemp "$name.XXXXXX")
         cp -p "$copies/etc/$list" "$temporary"
@@ -888,6 +926,10 @@ asks_by_dhcpcd() {
 # unbound NAME: print a file of netplan as it is after the line of a MAC address beside that of the driver, which cloud-init
 # writes on Azure, is taken out: the driver is what each VM's interface has. Other files are printed as they are.
 unbound() {
+    if [ "$(grep -c macaddress "$1")" -gt 1 ]; then # one driver would then stand for several interfaces
+        cat "$1"
+        return
+    fi
     mac="macaddress: *[\"']?[0-9A-Fa-f:]*[\"']? *"
     sed -nE "H;\$!d;x;s/(\n *)(driver:[^\n]*)\1$mac(\n|\$)/\1\2\3/g;s/(\n *)$mac\1driver:/\1driver:/g;s/^\n//p" "$1"
 }
@@ -948,15 +990,17 @@ check_network_comes_up() {
 # A disk that is not there means emergency mode, without a network, unless its line has nofail.
 check_fstab() {
     file /etc/fstab || return 0
+    os=''
     while read -r device where type options _ || [ -n "$device" ]; do
+        [ "$where" != / ] || os=$device
         case $device,$options, in
             /dev/disk/azure/root* | /dev/disk/azure/os*) ;; # every VM has this one
             *,nofail,* | *,noauto,*) ;;
-            /dev/disk/azure/* | /dev/disk/cloud/*) object_to_disk ;;
+            /dev/disk/azure/* | /dev/disk/cloud/* | /dev/vd* | /dev/xvd*) object_to_disk ;;
             /dev/* | UUID=* | LABEL=* | PARTUUID=* | PARTLABEL=*)
                 case $where,$type in # where systems have their own file systems
                     /,* | /boot* | /efi,* | /usr,* | /var,* | /var/* | /home,* | /opt,* | /tmp,* | *,swap) ;;
-                    *) object_to_disk ;;
+                    *) [ "$device" = "$os" ] || object_to_disk ;; # a subvolume of the root's
                 esac
                 ;;
         esac
@@ -964,7 +1008,7 @@ check_fstab() {
 }
 
 object_to_disk() {
-    object "/etc/fstab in ${root:-/} wants $device, which not every VM has: add nofail to its options, or remove the line"
+    object "/etc/fstab in ${root:-/} wants $device for $where, which not every VM has: add nofail to its options, or remove the line"
 }
 
 # The command line.
@@ -994,7 +1038,7 @@ while [ $# -gt 0 ]; do
             ;;
         --remove-user)
             case ${2:-} in '' | -* | *[!A-Za-z0-9._-]*) misused '--remove-user wants the name of an account' ;; esac
-            removed="$removed $2"
+            ! stays "$2" || removed="$removed $2"
             shift
             ;;
         --check) check=yes forgot='would forget' ;;
@@ -1017,7 +1061,7 @@ case $0 in
     *) here=$PWD ;;
 esac
 [ "$(id -u)" = 0 ] || refuse 'this needs root'
-for tool in cksum find grep mktemp readlink sed tail; do
+for tool in cksum cut find grep mktemp readlink sed stat tail; do
     command -v "$tool" >/dev/null || refuse "this machine has no $tool"
 done
 [ -z "$refused" ] || exit 1

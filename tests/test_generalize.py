@@ -417,6 +417,15 @@ class OutsideTest(GeneralizeCase):
         done = self.install("--generalize", first=code, shell=("sh", "-c", f'sh "$@" && {check}', "sh"))
         self.assertEqual(done.returncode, 0, done)
 
+    def test_what_is_bound_into_a_directory_that_is_emptied_is_refused(self) -> None:
+        self.write("srv/data/precious", "theirs\n")
+        os.mkdir(self.path("var/log/app"))
+        self.check_refused(
+            "/var/log/app shows what is elsewhere, and would be emptied: unmount it, or use --force",
+            "--generalize",
+            first=f"mount --bind '{self.root}/srv/data' '{self.root}/var/log/app'",
+        )
+
     def test_a_directory_in_place_of_the_machine_id_is_refused(self) -> None:
         os.unlink(self.path("etc/machine-id"))
         os.mkdir(self.path("etc/machine-id"))
@@ -558,6 +567,10 @@ class NoImageTest(GeneralizeCase):
             (NETWORK, "[Match]\nName=ens3\n[Network]\nDHCP=yes\n"),
             ("etc/systemd/network/a.network", "[Match]\n Name = enp0s3\n[Network]\nDHCP=yes\n"),
             ("etc/network/interfaces", "auto ens3\niface ens3 inet dhcp\n"),
+            ("etc/network/interfaces", "auto lo ens3\niface ens3 inet dhcp\n"),
+            ("etc/netplan/a.yaml", "network:\n  ethernets:\n    enp1s0:\n      dhcp4: true\n"),
+            ("etc/netplan/a.yaml", "network: {ethernets: {a: {match: {name: ens3}, dhcp4: true}}}\n"),
+            ("etc/NetworkManager/system-connections/a", "[connection]\ninterface-name=enp1s0\n"),
             ("etc/network/interfaces.d/x", "allow-hotplug eno1\niface eno1 inet dhcp\n"),
         ):
             with self.subTest(name):
@@ -672,9 +685,9 @@ class NoImageTest(GeneralizeCase):
         for text, left in (
             ("a:\n  match:\n    {driver}    {mac}  dhcp4: true\n", "a:\n  match:\n    {driver}  dhcp4: true\n"),
             ("a:\n  match:\n    {mac}    {driver}  dhcp4: true\n", "a:\n  match:\n    {driver}  dhcp4: true\n"),
-            ("{driver}{mac}b:\n  {mac}  {driver}", "{driver}b:\n  {driver}"),
             ("# none\n\n{driver}{mac}", "# none\n\n{driver}"),
-            # The address that an interface is to have, and what only looks like it.
+            # Two interfaces, the address that one is to have, and what only looks like it.
+            ("a:\n  {driver}  {mac}b:\n  {driver}  {mac}", ""),
             ("match:\n  {driver}{mac}", ""),
             ("match:\n  {driver}  x: y\n  {mac}", ""),
             ("match:\n  {driver}  {mac}other:\n  {mac}", ""),
@@ -794,6 +807,9 @@ class NoImageTest(GeneralizeCase):
             ("# /dev/disk/cloud/azure_resource-part1 /mnt auto defaults 0 2", False),
             ("UUID=1-2-3 / ext4 defaults 0 1", False),
             ("UUID=1-2-3 /data xfs defaults 0 0", True),
+            ("/dev/vda1 / ext4 defaults 0 1", True),
+            ("/dev/vda2 /boot/efi vfat defaults 0 1", True),
+            ("UUID=a / btrfs defaults 0 0\nUUID=a /srv btrfs subvol=@/srv 0 0", False),
             ("/dev/sdc1 /srv ext4 defaults 0 2", True),
             ("LABEL=data /mnt/data ext4 defaults,nofail 0 2", False),
             ("PARTUUID=1-2 /boot/efi vfat umask=0077 0 1", False),
@@ -807,7 +823,9 @@ class NoImageTest(GeneralizeCase):
                 with self.subTest(line + end):
                     self.write("etc/fstab", "# fstab\n" + line + end)
                     if refused:
-                        self.check_refused("/etc/fstab in .* wants \\S+, .*: add nofail.*--force", "--generalize")
+                        self.check_refused(
+                            "/etc/fstab in .* wants \\S+ for \\S+, .*: add nofail.*--force", "--generalize"
+                        )
                     else:
                         self.check_generalized()
 
@@ -888,12 +906,59 @@ class RemoveUserTest(GeneralizeCase):
 
     def test_a_home_that_is_not_its_alone_is_left_and_told(self) -> None:
         passwd = str(self.tree()["etc/passwd"][1])
-        for home in ("/", "/home", "/etc", "/home/alice", "/home/../etc", "/missing"):
+        for home in ("/", "/home", "/home/", "/etc", "/home/alice", "/home/alice/", "/home/../etc"):
             with self.subTest(home):
                 self.setUp()
                 self.write("etc/passwd", passwd.replace("/home/azureuser", home))
                 self.assertIn(f"left the home {home}\n", self.check_generalized("--remove-user", "azureuser"))
                 self.assertLessEqual({"home/alice/notes", "home/azureuser/.bashrc"}, set(self.tree()))
+
+    def test_a_home_in_which_somebody_else_has_theirs_is_left(self) -> None:
+        for home in ("/home/azureuser/bob", "/home/azureuser/", "/home/link/bob"):
+            with self.subTest(home):
+                self.setUp()
+                self.write("home/azureuser/bob/notes", "theirs\n")
+                self.link("azureuser", "home/link")
+                self.write("etc/passwd", str(self.tree()["etc/passwd"][1]).replace("/srv/bob", home))
+                self.assertIn("left the home /home/azureuser\n", self.check_generalized("--remove-user", "azureuser"))
+                self.assertIn("home/azureuser/bob/notes", self.tree())
+
+    def test_a_link_to_the_home_of_somebody_else_is_left(self) -> None:
+        shutil.rmtree(self.path("home/azureuser"))
+        self.link("alice", "home/azureuser")
+        self.assertIn("left the home /home/azureuser\n", self.check_generalized("--remove-user", "azureuser"))
+        self.assertIn("home/alice/notes", self.tree())
+
+    def test_what_is_mounted_in_a_home_is_refused(self) -> None:
+        os.mkdir(self.path("home/azureuser/mnt x"))
+        self.check_refused(
+            "/mnt x is mounted in the home of azureuser: unmount it",
+            *("--generalize", "--remove-user", "azureuser"),
+            first=f"mount -t tmpfs tmpfs '{self.root}/home/azureuser/mnt x'",
+        )
+
+    def test_what_was_interrupted_is_done_again(self) -> None:
+        for command in ("rm", "userdel", "cp", "sed"):
+            with self.subTest(command):
+                self.setUp()
+                failing = f'mkdir /run/bin; printf "#!/bin/sh\\nexit 1\\n" >/run/bin/{command}; '
+                failing += f"chmod 755 /run/bin/{command}; PATH=/run/bin:$PATH"
+                done = self.install("--generalize", "--remove-user", "azureuser", first=failing)
+                self.assertNotEqual(done.returncode, 0, done)
+                if "no account" not in done.stderr:
+                    self.check_generalized("--remove-user", "azureuser", "--remove-user", "azureuser")
+                    kept = "etc/sudoers.d/azureuser2"
+                    self.assertEqual([name for name in self.tree() if "azureuser" in name and name != kept], [])
+
+    def test_rules_of_sudo_in_other_forms(self) -> None:
+        for name, rule in (("a", "  azureuser ALL=ALL\n"), ("b", "azureuser ALL=(ALL) \\\n  NOPASSWD: ALL\n")):
+            self.write("etc/sudoers.d/" + name, rule + "alice ALL=(ALL) ALL\n")
+        self.write("etc/sudoers.d/c", "User_Alias ADMINS = alice, azureuser\n")
+        self.write("etc/sudoers", "root ALL=ALL\nazureuser ALL=ALL\n")
+        said = self.check_generalized("--remove-user", "azureuser")
+        self.assertIn("not from rules of sudo: /etc/sudoers /etc/sudoers.d/c\n", said)
+        for name in ("a", "b"):
+            self.assertEqual(self.tree()["etc/sudoers.d/" + name][1], "alice ALL=(ALL) ALL\n")
 
     def test_links_lead_nowhere_else(self) -> None:
         shutil.rmtree(self.path("home/azureuser"))
