@@ -392,6 +392,12 @@ class OutsideTest(GeneralizeCase):
         self.check_generalized()
         self.assertNotIn("var/log/linked.log", self.tree())
 
+    def test_a_link_in_place_of_a_file_is_not_read(self) -> None:
+        with open(self.outside + "/fstab", "w", encoding="utf-8") as file:
+            file.write("/dev/disk/azure/resource-part1 /mnt auto defaults 0 2\n")
+        self.link(self.outside + "/fstab", "etc/fstab")
+        self.check_generalized()
+
     def test_what_is_no_file_is_not_read(self) -> None:
         fifos = ("etc/fstab", "etc/shadow", "etc/netplan/x.yaml", "home/alice/.ssh/authorized_keys", "var/log/x.log")
         for name in fifos:
@@ -477,6 +483,8 @@ class NoImageTest(GeneralizeCase):
             ("etc/NetworkManager/system-connections/x.nmconnection", f"[ethernet]\nmac-address={mac}\n"),
             ("etc/NetworkManager/system-connections/x", f"[ethernet]\ncloned-mac-address={mac}\n"),
             ("etc/sysconfig/network-scripts/ifcfg-eth0", f'DEVICE=eth0\nHWADDR="{mac}"\n'),
+            ("etc/sysconfig/network-scripts/ifcfg-eth1", f"MACADDR={mac}\n"),
+            ("etc/sysconfig/network/ifcfg-eth0", f"LLADDR='{mac}'\n"),
             ("etc/network/interfaces", f"iface eth0 inet dhcp\n  hwaddress ether {mac}\n"),
             ("etc/network/interfaces.d/eth0", f"iface eth0 inet dhcp\n  hwaddress {mac}\n"),
             ("etc/udev/rules.d/70-persistent-net.rules", f'SUBSYSTEM=="net", ATTR{{address}}=="{mac}", NAME="eth0"\n'),
@@ -607,6 +615,9 @@ class NoImageTest(GeneralizeCase):
             ("networking.service", "etc/network/interfaces", "source-directory /run/network/interfaces.d\n"),
             ("networking.service", "etc/network/interfaces.d/x", "auto eth0\niface eth0 inet dhcp\n"),
             ("dhcpcd.service", "", ""),
+            ("wicked.service", "", ""),
+            ("connman.service", "", ""),
+            ("network.service", "", ""),
             ("dhcpcd@.service", "", ""),
             ("systemd-networkd.service", "usr/local/lib/systemd/network/x.network", "[Network]\nDHCP=yes\n"),
             ("systemd-networkd.service", "usr/lib/systemd/network/zz.network", "[Network]\nDHCP=ipv4\n"),
@@ -813,7 +824,12 @@ class NoImageTest(GeneralizeCase):
             ("/dev/sdc1 /srv ext4 defaults 0 2", True),
             ("LABEL=data /mnt/data ext4 defaults,nofail 0 2", False),
             ("PARTUUID=1-2 /boot/efi vfat umask=0077 0 1", False),
-            ("LABEL=home /home ext4 defaults 0 2", False),
+            *(
+                (f"LABEL=x {where} ext4 defaults 0 2", False)
+                for where in ("/home", "/usr", "/opt", "/tmp", "/efi", "/var")
+            ),
+            ("LABEL=x /home2 ext4 defaults 0 2", True),
+            ("PARTLABEL=x /data ext4 defaults 0 2", True),
             ("/dev/mapper/vg-log /var/log xfs defaults 0 0", False),
             ("UUID=4-5 none swap sw 0 0", False),
             ("tmpfs /scratch tmpfs size=1G 0 0", False),
@@ -949,6 +965,16 @@ class RemoveUserTest(GeneralizeCase):
                     self.check_generalized("--remove-user", "azureuser", "--remove-user", "azureuser")
                     kept = "etc/sudoers.d/azureuser2"
                     self.assertEqual([name for name in self.tree() if "azureuser" in name and name != kept], [])
+
+    def test_a_name_is_no_pattern(self) -> None:
+        self.write("etc/passwd", "root:x:0:0::/root:\na.b:x:1002:1002::/home/a.b:/bin/sh")
+        self.write("etc/sudoers.d/axb", "axb ALL=(ALL) ALL\n")
+        spools = {"var/spool/cron/a.b", "var/spool/mail/a.b"}
+        for name in spools:
+            self.write(name)
+        self.check_generalized("--remove-user", "a.b")
+        self.assertIn("etc/sudoers.d/axb", self.tree())
+        self.assertEqual(spools & set(self.tree()), set())
 
     def test_rules_of_sudo_in_other_forms(self) -> None:
         for name, rule in (("a", "  azureuser ALL=ALL\n"), ("b", "azureuser ALL=(ALL) \\\n  NOPASSWD: ALL\n")):

@@ -654,6 +654,14 @@ class OthersTest(InstallCase):
         self.check_whole()
         self.assertEqual(os.stat(self.path(PROGRAM)).st_uid, os.geteuid())
 
+    def test_a_neighbour_whose_name_begins_as_the_root_s_is_not_written_to(self) -> None:
+        neighbour = self.root + "2/sbin"
+        os.makedirs(neighbour)
+        os.rmdir(self.path("usr/local/sbin"))
+        self.link(neighbour, "usr/local/sbin")
+        self.check_refused("/usr/local/sbin is no directory in it", "--force")
+        self.assertEqual(os.listdir(neighbour), [])
+
     def test_uninstall_of_nothing_says_so(self) -> None:
         before = self.tree()
         done = self.install("--uninstall")
