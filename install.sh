@@ -570,20 +570,18 @@ mounted_below() {
     done
 }
 
-# bound_below: print what of this very file system is; find -xdev would go there.
-bound_below() {
-    mounted_below | while read -r point; do
+# check_bound DIR: what of its very file system is mounted below it would be emptied, too, for find -xdev goes there.
+check_bound() {
+    [ -z "$changing" ] && enter "$1" || return 0
+    found=$(mounted_below | while read -r point; do
         [ "$(stat -c %d "$point")" != "$(stat -c %d .)" ] || echo "$point"
-    done
+    done)
+    [ -z "$found" ] || object "$found shows what is elsewhere, and would be emptied: unmount it"
 }
 
 # delete DIR [TEST...]: what find finds in it.
 delete() {
     look_in "$1" || return 0
-    found=$(bound_below)
-    if [ -z "$changing" ] && [ -n "$found" ]; then
-        object "$found shows what is elsewhere, and would be emptied: unmount it"
-    fi
     shift
     if [ -n "$(find . -xdev -mindepth 1 "$@")" ]; then
         changed=yes
@@ -592,8 +590,8 @@ delete() {
 }
 
 # The directory is kept; not all daemons make theirs.
-clear() { delete "$1"; }
-clear_files() { delete "$1" -type f; }
+clear() { check_bound "$1" && delete "$1"; }
+clear_files() { check_bound "$1" && delete "$1" -type f; }
 remove() { delete "${1%/*}" -maxdepth 1 -name "${1##*/}" ! -type d; }
 # Where it is a link, that leads to what is made anew in each boot.
 remove_file() { delete "${1%/*}" -maxdepth 1 -name "${1##*/}" -type f; }
