@@ -258,13 +258,15 @@ class ForgetTest(GeneralizeCase):
             echo 0123 >/etc/machine-id
             echo secret >/root/.bash_history
         """
+        for name in ("install.sh", "azure_provisioning.py", "azure-provisioning.service"):
+            shutil.copy(os.path.join(sandbox.REPOSITORY, name), self.directory)
         return subprocess.run(
             [*sandbox.unshare_command(), "sh", "-c", mount + code, "./install.sh"],
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",
-            cwd=sandbox.REPOSITORY,  # which may be below what is covered: from there alone it is still reached
+            cwd=self.directory,  # the checkout may be below what is covered
             timeout=60,
             check=False,
         )
