@@ -618,7 +618,7 @@ class OthersTest(InstallCase):
     def test_a_machine_without_a_tool_is_refused(self) -> None:
         tools = self.directory + "/tools"
         os.mkdir(tools)
-        for tool in ("cat", "find", "grep", "id", "mktemp", "readlink", "sed", "sh", "tail", "truncate", "tr"):
+        for tool in ("cat", "cut", "find", "grep", "id", "mktemp", "readlink", "sed", "sh", "stat", "tail", "tr"):
             os.symlink(str(shutil.which(tool)), f"{tools}/{tool}")
         for action in ([], ["--uninstall"]):
             done = self.install(*action, shell=("env", "PATH=" + tools, "sh"))
