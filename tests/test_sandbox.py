@@ -355,7 +355,7 @@ class TroubleTest(SandboxCase):
 
     def test_ctrl_c_is_no_traceback(self) -> None:
         code = (
-            "import signal, subprocess, sys, time; signal.signal(2, signal.default_int_handler); "  # a job may ignore it
+            "import signal, subprocess, sys, time; signal.signal(2, signal.default_int_handler); "  # jobs ignore it
             "p = subprocess.Popen(sys.argv[1:]); time.sleep(0.7); p.send_signal(2); sys.exit(p.wait())"
         )
         result = self.vm_command(sys.executable, "-c", code, *PROGRAM, script={"imds": [{"do": "silent"}]})
