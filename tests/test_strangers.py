@@ -93,23 +93,26 @@ class StrangersCase(Case):
     def waagent(self, agent: str) -> "List[Dict[str, Any]]":
         """Return the health reports of waagent with this setting of Provisioning.Agent."""
         test: Any = self
-        with ExitStack() as stack:
-            azure = stack.enter_context(Azure(self.lab))
-            machine = stack.enter_context(Stranger(self.lab, self.release, install=False))
-            stack.enter_context(explained(machine, azure))
+        with Azure(self.lab) as azure, self.with_waagent(agent) as machine, explained(machine, azure):
             azure.start_network().start()
-            settings = machine.read("etc/waagent.conf")
-            test.assertIn("\nProvisioning.Agent=cloud-init\n", settings)
-            machine.write("etc/waagent.conf", settings.replace("Agent=cloud-init\n", f"Agent={agent}\n"))
-            machine.write(
-                f"etc/systemd/system/{WAAGENT_UNIT}.d/test.conf",
-                "[Unit]\nConditionVirtualization=\nWants=network-online.target\nAfter=network-online.target\n",
-            )
             machine.systemctl("mask", "cloud-init-local.service")
             machine.boot(azure)
             reports: List[Dict[str, Any]] = wait_for("a report", azure.reports, 60)
             test.assertEqual(azure.requests()[0]["path"], "/?comp=versions")
             return reports
+
+    def with_waagent(self, agent: str) -> Stranger:
+        """Return a machine with this setting of Provisioning.Agent for waagent."""
+        test: Any = self
+        machine = Stranger(self.lab, self.release, install=False)
+        settings = machine.read("etc/waagent.conf")
+        test.assertIn("\nProvisioning.Agent=cloud-init\n", settings)
+        machine.write("etc/waagent.conf", settings.replace("Agent=cloud-init\n", f"Agent={agent}\n"))
+        machine.write(
+            f"etc/systemd/system/{WAAGENT_UNIT}.d/test.conf",
+            "[Unit]\nConditionVirtualization=\nWants=network-online.target\nAfter=network-online.target\n",
+        )
+        return machine
 
     def test_waagent_reports_ready(self) -> None:
         test: Any = self
@@ -122,6 +125,21 @@ class StrangersCase(Case):
         (report,) = self.waagent("waagent")
         test.assertEqual((report["state"], report["substatus"]), ("NotReady", "ProvisioningFailed"))
         test.assertIn("Error mounting dvd", report["description"])
+
+    def test_waagent_that_is_told_not_to_provision_starts_after_us_and_stays(self) -> None:
+        test: Any = self
+        with Azure(self.lab) as azure, self.with_waagent("disabled") as machine, explained(machine, azure):
+            azure.start_network().start()
+            machine.write("etc/cloud/cloud-init.disabled", "")
+            machine.install()
+            machine.boot(azure)
+            wait_for("waagent's report", lambda: len(azure.reports()) == 2, 60)
+            self.check_provisioned(machine, azure, reports=2)
+            asked = [request["path"] for request in azure.requests()]
+            ours, waagents = asked.index("/machine?comp=health"), asked.index("/?comp=versions")
+            test.assertLess(ours, waagents)
+            test.assertEqual(machine.run("systemctl", "is-active", WAAGENT_UNIT).strip(), "active")
+            test.assertEqual(azure.leases(), {machine.addresses()[0]: "web-01"})
 
 
 globals().update(cases(StrangersCase, "StrangersTest", VARIABLE))
