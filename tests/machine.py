@@ -88,16 +88,15 @@ ANSWER = (
 )
 
 
-def hardware(vm_id: str = VM_ID, architecture: str = "amd64") -> Tuple[str, ...]:
+def hardware(vm_id: str = VM_ID, mac_address: str = MAC_ADDRESS, architecture: str = "amd64") -> Tuple[str, ...]:
     """Return the start of QEMU's command line, for a VM as Azure's are: all but what it boots from."""
-    mac_address = ":".join(re.findall("..", MAC_ADDRESS))
     return (
         *(*MACHINES[architecture], "-nodefaults", "-no-user-config", "-display", "none"),
         *("-accel", "tcg,thread=multi", "-smp", "2", "-m", "1024"),
         *("-device", "virtio-rng-pci"),
         *("-uuid", vm_id, "-smbios", "type=3,asset=" + ASSET_TAG),
         *("-netdev", "tap,id=cable,ifname=azure0,script=no,downscript=no"),
-        *("-device", "virtio-net-pci,netdev=cable,mac=" + mac_address),
+        *("-device", "virtio-net-pci,netdev=cable,mac=" + ":".join(re.findall("..", mac_address))),
         *("-serial", "stdio"),
     )
 
@@ -132,9 +131,10 @@ class Machine(VM):
         self.shell: Optional[socket.socket] = None
         self.heard = b""
         self.switched_on = 0.0  # by time.monotonic()
-        self.vm_id = VM_ID
+        self.vm_id, self.mac_address = VM_ID, MAC_ADDRESS
         if image:
             self.vm_id = str(uuid.uuid4())  # of which systemd makes the machine ID
+            self.mac_address = MAC_ADDRESS[:6] + self.vm_id[:6].upper()
             self.kernel, self.initrd = image.kernel, image.initrd
             lab.run("cp", "--sparse=always", f"{WORK}/{image.name}/disk", f"{WORK}/{self.name}/disk")
             self.disk = lab.path(self.name, "disk")
@@ -189,7 +189,7 @@ class Machine(VM):
         self.shell, far_end = socket.socketpair()
         self.heard = b""
         command = (
-            *(*hardware(self.vm_id), "-no-reboot"),
+            *(*hardware(self.vm_id, self.mac_address), "-no-reboot"),
             *("-kernel", self.kernel, "-initrd", self.initrd, "-append", " ".join([KERNEL, *kernel])),
             *("-drive", f"file={self.disk},format=raw,if=virtio"),
             *("-chardev", f"socket,id=shell,fd={far_end.fileno()}", "-serial", "chardev:shell"),

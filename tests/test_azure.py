@@ -41,6 +41,12 @@ def blocks() -> List[str]:
         return [textwrap.dedent(text) for _, text in re.findall(r"(?ms)^( *)```sh\n(.*?)^\1```$", file.read())]
 
 
+def block(*commands: str) -> str:
+    """Return the README's only block in which all of commands are."""
+    (found,) = (text for text in blocks() if all(command in text for command in commands))
+    return found
+
+
 class Journey:
     """The whole way, in a resource group of its own, with the programs that environment leads to."""
 
@@ -71,8 +77,7 @@ class Journey:
 
     def run_block(self, *commands: str) -> None:
         """Run the README's block in which all of commands are: in our group, with our key, and without logging in."""
-        (text,) = (text for text in blocks() if all(command in text for command in commands))
-        text = re.sub(r"(?m)^(ssh|scp) .*\n", "", text).replace("~/.ssh/id_ed25519", "key")
+        text = re.sub(r"(?m)^(ssh|scp) .*\n", "", block(*commands)).replace("~/.ssh/id_ed25519", "key")
         self.sh(re.sub("( -g|az group create -n) web ", rf"\1 {self.group} ", text))
 
     def ask_azure(self, vm: str, key: str) -> str:
@@ -125,9 +130,9 @@ class Journey:
             self.ssh("builder", f"{UNPACK}; sudo -n ./install.sh --generalize", feed=f"tar -c {product} |")
         else:
             self.run_block("az vm create", "azureuser")
-            (forget,) = (text for text in blocks() if "--remove-user azureuser" in text)
             # The connection ends with the machine, and so with an error.
-            self.ssh("builder", f"{UNPACK}\n{forget}", feed=f"tar -c {product} |", check=False, user="azureuser")
+            commands = UNPACK + "\n" + block("--remove-user azureuser")
+            self.ssh("builder", commands, feed=f"tar -c {product} |", check=False, user="azureuser")
         self.run_block("az sig create", "--gallery-image-definition web")
         self.run_block("az vm generalize")
         self.run_block("az vm create", "-n web-01")

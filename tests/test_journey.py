@@ -41,7 +41,7 @@ class JourneyCase(Case):
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
-        for name in ("key", "other"):
+        for name in ("key", "other", "builder"):
             cls.lab.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "alice@laptop", "-f", f"{WORK}/{name}")
 
     def make_image(self, client: str, *options: str) -> VM:
@@ -100,12 +100,11 @@ class JourneyCase(Case):
     def host_key(vm: VM) -> str:
         return vm.read("etc/ssh/ssh_host_ed25519_key.pub").split()[1]
 
-    def azure(self, name: str, keys: Sequence[str] = ("key",)) -> Azure:
-        """Return the far end for a VM created with alice and her keys."""
-        arguments = ["--admin-username", USER, "--disable-password-authentication", "true"]
-        for key in keys:
-            with open(self.lab.path(key + ".pub"), encoding="utf-8") as file:
-                arguments += ["--public-key", file.read().rstrip("\n") + "\r\n"]
+    def azure(self, name: str, user: str = USER, key: str = "key") -> Azure:
+        """Return the far end for a VM created with user and one of the keys."""
+        with open(self.lab.path(key + ".pub"), encoding="utf-8") as file:
+            arguments = ["--admin-username", user, "--public-key", file.read().rstrip("\n") + "\r\n"]
+        arguments += ["--disable-password-authentication", "true"]
         return Azure(self.lab, name, arguments, cable=self.vm.cable)
 
     def check_vm(self, vm: VM, azure: Azure, name: str, started: float, reports: int = 1) -> None:
@@ -154,18 +153,18 @@ class JourneyCase(Case):
             timeout=60 * vm.patience,
         )
 
-    def check_login(self, vm: VM, azure: Azure) -> None:
-        """Alice gets in with her key and becomes root; nobody else does, nor any other key, nor a password."""
+    def check_login(self, vm: VM, azure: Azure, user: str = USER, key: str = "key", other: str = "other") -> None:
+        """The user gets in with the key and becomes root; nobody else does, nor any other key, nor a password."""
         test: Any = self
-        came = self.ssh(vm, azure, USER, "key", "sudo", "-n", "id", "-u")
+        came = self.ssh(vm, azure, user, key, "sudo", "-n", "id", "-u")
         test.assertEqual((came.returncode, came.stdout), (0, "0\n"))
-        test.assertIn("Permission denied", self.ssh(vm, azure, USER, "other", "true").stdout)
-        refused = self.ssh(vm, azure, "root", "key", "true")
+        test.assertIn("Permission denied", self.ssh(vm, azure, user, other, "true").stdout)
+        refused = self.ssh(vm, azure, "root", key, "true")
         test.assertIn("Permission denied (publickey)", refused.stdout)
         test.assertNotIn("password", refused.stdout)
-        stat = vm.run("stat", "-c", "%a %U", *(f"/home/{USER}/{name}" for name in ("", ".ssh", ".ssh/authorized_keys")))
-        test.assertEqual(stat.splitlines()[1:], [f"700 {USER}", f"600 {USER}"])
-        test.assertEqual(stat.split()[1], USER)
+        stat = vm.run("stat", "-c", "%a %U", *(f"/home/{user}/{name}" for name in ("", ".ssh", ".ssh/authorized_keys")))
+        test.assertEqual(stat.splitlines()[1:], [f"700 {user}", f"600 {user}"])
+        test.assertEqual(stat.split()[1], user)
         test.assertEqual(
             vm.run("find", "/etc", "/home", "-name", "*azure-provisioning*~", "-o", "-name", "*unfinished"), ""
         )

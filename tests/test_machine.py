@@ -17,10 +17,15 @@ from typing import Any, Sequence, Type
 
 from tests import machine, sandbox
 from tests.machine import WITH_USER, Machine
-from tests.test_journey import BUILDER, JourneyCase
-from tests.vm import TAP, UNIT, VM, Azure, cases, explained, wait_for
+from tests.test_azure import block
+from tests.test_journey import BUILDER, USER, JourneyCase
+from tests.vm import TAP, UNIT, VM, Azure, Lab, cases, explained, ssh_options, wait_for
 
 VARIABLE = "AZURE_PROVISIONING_MACHINE"
+MARKETPLACE_VARIABLE = "AZURE_PROVISIONING_MARKETPLACE"
+MARKETPLACE_RELEASE = "trixie"  # as in the README
+MARKETPLACE_USER = "azureuser"
+NETPLAN = "/etc/netplan/50-cloud-init.yaml"
 POWER_CUTS = 2
 # What SELinux says of the unit's processes, by the domains that they are in, and of what they write.
 OURS = ":(initrc|useradd|groupadd|passwd|setfiles|ssh_keygen|systemd_passwd_agent)_t:|azure|hostname|sudoers|alice"
@@ -44,6 +49,21 @@ class MachineImage(Machine):
     """A whole machine as one would make an image of it."""
 
     others = "disable"
+
+
+class MarketplaceMachine(MachineImage):
+    """A whole machine with what Debian's images in the Marketplace have: cloud-init, the Azure Linux Agent, netplan."""
+
+    packages = (
+        "systemd,systemd-sysv,systemd-resolved,libnss-resolve,libnss-myhostname,dbus,udev,python3-minimal,"
+        "libpython3-stdlib,iproute2,initramfs-tools,kmod,openssh-server,sudo,apparmor,netplan.io,cloud-init,waagent"
+    )
+
+    @classmethod
+    def pristine(cls, lab: Lab, release: str) -> str:
+        # By which cloud-init asks for a lease of its own.
+        client = "isc-dhcp-client" if release == "bookworm" else "dhcpcd-base"
+        return lab.root(release, f"{cls.packages},{client},linux-image-cloud-amd64/{release}")
 
 
 class MachineCase(JourneyCase):
@@ -188,9 +208,68 @@ class ForkyCase(MachineCase):
         self.first_boot("NetworkManager")
 
 
+class MarketplaceCase(MachineCase):
+    """From a VM that cloud-init has provisioned to VMs without cloud-init, by the README's commands."""
+
+    vm = MarketplaceMachine
+    client = "netplan, by cloud-init"
+    tools = (*MachineCase.tools, "scp")
+
+    def make_image(self, client: str, *options: str) -> VM:
+        test: Any = self
+        image = self.vm(self.lab, self.release, client, install=False)
+        self.use(image)
+        image.write("etc/hostname", "debian\n")
+        with self.azure(BUILDER, MARKETPLACE_USER, "builder") as azure, explained(image, azure):
+            azure.start_network().start()
+            image.boot(azure)
+            image.wait_until_booted()
+            test.assertEqual(azure.states(), ["Ready"])
+            test.assertEqual(image.run("uname", "-n").strip(), BUILDER)
+            # cloud-init writes that line where the interface is Hyper-V's.
+            image.run("sed", "-i", r"s/^\( *\)macaddress:/\1driver: virtio_net\n&/", NETPLAN)
+            test.assertRegex(image.read(NETPLAN), "driver: .*\n *macaddress: ")
+            self.look_at_image(image)
+            files = re.findall(r"(?m)^scp (.*) azureuser@builder:$", block("scp"))
+            key = self.lab.path("builder")
+            with open(key + ".pub", encoding="utf-8") as file:
+                self.traces |= {file.read().split()[1], MARKETPLACE_USER}
+            scp = [*azure.enter(), "scp", *ssh_options(key), *files[0].split()]
+            home = f"{MARKETPLACE_USER}@{image.addresses()[0]}:"
+            subprocess.run([*scp, home], cwd=sandbox.REPOSITORY, check=True)
+            done = self.ssh(image, azure, MARKETPLACE_USER, "builder", block("--remove-user azureuser"))
+            for said in (f"took out of {NETPLAN} the line", f"removed the account {MARKETPLACE_USER}", "generalized /"):
+                test.assertIn(said, done.stdout)
+            wait_for("the end of the machine", lambda: not image.is_on(), 30 * image.patience)
+            image.cut_power()
+        return image
+
+    def test_from_a_marketplace_vm_to_logins(self) -> None:
+        test: Any = self
+        with self.make_image(self.client) as image:
+            for name, user, key in (("web-01", USER, "key"), ("web-02", MARKETPLACE_USER, "other")):
+                with ExitStack() as stack:
+                    vm = stack.enter_context(self.vm(self.lab, self.release, self.client, image=image))
+                    azure = stack.enter_context(self.azure(name, user, key))
+                    stack.enter_context(explained(vm, azure))
+                    azure.start_network().start()
+                    started = time.monotonic()
+                    vm.boot(azure)
+                    self.traces -= {user}
+                    self.check_vm(vm, azure, name, started)
+                    test.assertEqual([azure.resolve(name)], vm.addresses())
+                    self.check_login(vm, azure, user, key, "builder")
+                    refused = self.ssh(vm, azure, MARKETPLACE_USER, "builder", "true")
+                    test.assertIn("Permission denied (publickey)", refused.stdout)
+                    test.assertEqual(vm.run("ls", "/home").split(), [user])
+                    test.assertNotIn("macaddress", vm.read(NETPLAN))
+
+
 globals().update(cases(BookwormCase, "MachineTest", VARIABLE, "bookworm"))
 globals().update(cases(TrixieCase, "MachineTest", VARIABLE, "trixie"))
 globals().update(cases(ForkyCase, "MachineTest", VARIABLE, "forky"))
+globals().update(cases(MarketplaceCase, "MarketplaceTest", VARIABLE, MARKETPLACE_RELEASE))
+globals().update(cases(MarketplaceCase, "MarketplaceTest", MARKETPLACE_VARIABLE, "bookworm", "forky"))
 
 if __name__ == "__main__":
     unittest.main()

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Optional, Sequence, Type
 
 from tests import machine, sandbox
 from tests.machine import Disk
+from tests.test_azure import block
 from tests.test_journey import USER, JourneyCase
 from tests.test_machine import VARIABLE
 from tests.vm import VM, WORK, Lab, cases, explained
@@ -48,12 +49,8 @@ def section() -> str:
 
 
 def recipe() -> str:
-    """Return the commands of the README's section."""
-    blocks: Sequence[str] = re.findall(r"(?ms)^```sh\n(.*?)^```$", section())
-    found = [block for block in blocks if "mmdebstrap --" in block]
-    if len(found) != 1:
-        raise AssertionError(f"{len(found)} blocks of commands that make an image")
-    return found[0]
+    """Return the commands that make an image."""
+    return block("mmdebstrap --")
 
 
 class RecipeDisk(Disk):

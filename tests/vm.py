@@ -379,6 +379,7 @@ NETWORK = {
     "ifupdown": {"etc/network/interfaces": INTERFACES.format("auto")},
     # As cloud-init writes it; behind it is networkd.
     "netplan": {"etc/netplan/50-cloud-init.yaml": "network: {version: 2, ethernets: {eth0: {dhcp4: true}}}\n"},
+    "netplan, by cloud-init": {},
     # As Debian's installer writes it.
     "ifupdown, allow-hotplug": {"etc/network/interfaces": INTERFACES.format("allow-hotplug")},
 }
@@ -386,6 +387,7 @@ NETWORKD = ["systemd-networkd.service", "systemd-networkd.socket", "systemd-netw
 UNITS = {
     "networkd": NETWORKD,
     "netplan": NETWORKD,
+    "netplan, by cloud-init": NETWORKD,
     "NetworkManager": [
         "NetworkManager.service",
         "NetworkManager-wait-online.service",
@@ -580,11 +582,15 @@ class VM:
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "")
 
 
+def ssh_options(key: str) -> Sequence[str]:
+    """Return what a real SSH client is told, whatever it is to do. key is a file's path."""
+    options = ["-F", "none", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o", "IdentitiesOnly=yes"]
+    return [*options, "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-i", key]
+
+
 def ssh_command(vm: VM, azure: Azure, user: str, key: str, *command: str) -> Sequence[str]:
     """Return the command line of a real SSH client at the far end, which runs command in vm. key is a file's path."""
-    options = ["-F", "none", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o", "IdentitiesOnly=yes"]
-    options += ["-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-i", key]
-    return [*azure.enter(), "ssh", *options, f"{user}@{vm.addresses()[0]}", *command]
+    return [*azure.enter(), "ssh", *ssh_options(key), f"{user}@{vm.addresses()[0]}", *command]
 
 
 @contextlib.contextmanager
