@@ -97,14 +97,15 @@ def log(priority: int, message: str) -> None:
 # Trying again: on a network that is coming up, a refusal now is an answer in a minute.
 
 
-def keep_trying(attempt: "Callable[[float], Result]", timeout: float, offline_timeout: float = 0.0) -> "Result":
+def keep_trying(attempt: "Callable[[float], Result]", timeout: float, network_timeout: float = 0.0) -> "Result":
     """Call attempt with a deadline, a time of time.monotonic(), and return what it returns.
 
     If it raises ProvisioningError, whatever the reason, it is called again until timeout, in seconds, is over; then
-    the last one is raised. The timeout begins when there is a network, offline_timeout seconds from now at the latest.
+    the last one is raised. The timeout begins when there is a network, network_timeout seconds from now at the latest.
     """
     started = time.monotonic()
     end = started + timeout
+    end_without_network = started + network_timeout + timeout
     pause = FIRST_PAUSE
     told, tell_again = "", 0.0
     while True:
@@ -115,12 +116,12 @@ def keep_trying(attempt: "Callable[[float], Result]", timeout: float, offline_ti
             failure = error
         now = time.monotonic()
         if failure.offline:
-            end = min(now, started + offline_timeout) + timeout
+            end = min(now + timeout, end_without_network)
         latest = end - LAST_ATTEMPT
         if now >= latest:
             raise ProvisioningError(f"{failure}; gave up after {end - started:.4g} s")
         if str(failure) != told or now >= tell_again:
-            left = (started + offline_timeout + timeout if failure.offline else end) - now
+            left = (end_without_network if failure.offline else end) - now
             log(WARNING, f"{failure}; trying again, for {left:.0f} s at most")
             told, tell_again = str(failure), now + TELL_AGAIN
 
@@ -155,8 +156,8 @@ def exchange(
     lines += [f"{name}: {value}" for name, value in headers.items()]
     if body:
         lines.append(f"Content-Length: {len(body)}")
-    request = "\r\n".join([*lines, "\r\n"]).encode("ascii") + body
-    limit = deadline - time.monotonic()
+    request = "".join(line + "\r\n" for line in [*lines, ""]).encode("ascii") + body
+    allowed = deadline - time.monotonic()
     answer = None
     received = b""
 
@@ -184,7 +185,7 @@ def exchange(
         status, reason, retry_after, content = answer
         text = content.decode("utf-8-sig", "strict" if 200 <= status < 300 else "replace")
     except socket.timeout as error:
-        raise ProvisioningError(f"{asked}: no complete answer within {max(limit, 0):.2g} s") from error
+        raise ProvisioningError(f"{asked}: no complete answer within {max(allowed, 0):.2g} s") from error
     except (OSError, ValueError) as error:
         offline = isinstance(error, OSError) and error.errno in (errno.ENETUNREACH, errno.ENETDOWN)
         raise ProvisioningError(f"{asked}: {error!s:.200}", offline=offline) from error
@@ -208,7 +209,7 @@ def use_default_interface(connection: socket.socket) -> None:
 def default_interface() -> str:
     """Return the interface of the IPv4 default route, the preferred one if there are several; '' if there is none."""
     routes = []
-    with contextlib.suppress(OSError), open("/proc/self/net/route", encoding="ascii") as file:
+    with contextlib.suppress(OSError), open("/proc/self/net/route", encoding="ascii", errors="replace") as file:
         routes = [line.split() for line in file][1:]
     # The columns are: interface, destination, gateway, flags, references, uses, metric, mask, and three more.
     defaults = [(int(route[6]), route[0]) for route in routes if route[1] == route[7] == "00000000"]
@@ -237,7 +238,7 @@ def parse_answer(received: bytes, ended: bool) -> "Optional[Tuple[int, str, floa
             raise ValueError(f"not a header: {line!r:.80}")
         fields.setdefault(name.lower(), []).append(value.strip(" \t"))
     lengths = fields.get("content-length", [])
-    body: Optional[bytes] = rest
+    body: Optional[bytes]
     if "transfer-encoding" in fields:
         if lengths or [coding.lower() for coding in fields["transfer-encoding"]] != ["chunked"]:
             raise ValueError(f"contradictory headers: {fields!s:.100}")
@@ -248,19 +249,19 @@ def parse_answer(received: bytes, ended: bool) -> "Optional[Tuple[int, str, floa
         body = rest[: int(lengths[0])] if len(rest) >= int(lengths[0]) else None
     elif status == 204:
         body = b""
-    elif not ended:
-        body = None
+    else:
+        body = rest if ended else None
     if body is None:
         if ended:
             raise ValueError(f"the answer ends in its body, after {len(rest)} bytes")
         return None
-    # Its other form, a date, is nothing for a clock that may not be set yet.
+    # Retry-After may be a date as well, which says nothing while the clock is not set.
     pauses = [float(value) for value in fields.get("retry-after", []) if re.match(r"[0-9]{1,9}\Z", value)]
     return status, found.group(2) or "", max(pauses, default=0.0), body
 
 
 def join_chunks(data: bytes) -> "Optional[bytes]":
-    """Return the body that data holds in chunks, None while the last is missing. Raises ValueError if one is none."""
+    """Return the body that data holds in chunks, None while the last is missing. Raises ValueError for a wrong one."""
     body: List[bytes] = []
     position = 0
     while True:
@@ -316,7 +317,7 @@ GoalState = collections.namedtuple("GoalState", "incarnation container_id instan
 def parse_goal_state(text: str) -> GoalState:
     """Return what identifies this VM. Raises ValueError if text is no goal state, or one without all of that."""
     path: List[str] = []
-    texts: Dict[Tuple[str, ...], str] = {}  # the first of each element down to the depth of the longest path below
+    texts: Dict[Tuple[str, ...], str] = {}  # the first of each element, and of what is deeper than any path below
 
     def refuse(*_: object) -> None:
         raise ValueError("it has a DOCTYPE, and so entities, which can multiply")
@@ -389,20 +390,26 @@ OLD_IMDS_AFTER = 10.0  # seconds in which nothing but 400 came back: this IMDS d
 Instance = collections.namedtuple("Instance", "name admin_username public_keys passwords_disabled ignored")
 
 
-def fetch_instance(address: str, timeout: float, offline_timeout: float = 0.0) -> Instance:
+def fetch_instance(address: str, timeout: float, network_timeout: float = 0.0) -> Instance:
     """Return what IMDS at address says of this VM, or, of an old IMDS, the name alone.
 
     Raises ProvisioningError if it says nothing within timeout, in seconds, see keep_trying().
     """
     refused_since: Optional[float] = None
 
-    def attempt(deadline: float) -> Instance:
-        nonlocal refused_since
+    def ask(deadline: float, path: str, parse: "Callable[[str], Instance]") -> Instance:
         headers = {"Metadata": "true", "User-Agent": WIRESERVER_HEADERS["User-Agent"]}
         headers["x-ms-client-request-id"] = os.urandom(16).hex()
+        text = exchange(address, deadline, "GET", path, headers)
         try:
-            text = exchange(address, deadline, "GET", INSTANCE, headers)
-            refused_since = None
+            return parse(text)
+        except ValueError as error:
+            raise ProvisioningError(f"GET http://{address}{path}: {error}") from error
+
+    def attempt(deadline: float) -> Instance:
+        nonlocal refused_since
+        try:
+            return ask(deadline, INSTANCE, parse_instance)
         except ProvisioningError as error:
             if error.status != 400:
                 refused_since = None
@@ -410,16 +417,9 @@ def fetch_instance(address: str, timeout: float, offline_timeout: float = 0.0) -
             refused_since = refused_since or time.monotonic()
             if time.monotonic() - refused_since < OLD_IMDS_AFTER:
                 raise
-            name = exchange(address, deadline, "GET", OLD_NAME, headers).strip()
-            if not re.match(r"[A-Za-z0-9_.-]+\Z", name):
-                raise ProvisioningError(f"GET http://{address}{OLD_NAME}: not a name: {name!r:.80}") from error
-            return Instance(name, None, [], False, [])
-        try:
-            return parse_instance(text)
-        except ValueError as error:
-            raise ProvisioningError(f"GET http://{address}{INSTANCE}: {error}") from error
+        return ask(deadline, OLD_NAME, parse_old_name)
 
-    return keep_trying(attempt, timeout, offline_timeout)
+    return keep_trying(attempt, timeout, network_timeout)
 
 
 def parse_instance(text: str) -> Instance:
@@ -433,15 +433,14 @@ def parse_instance(text: str) -> Instance:
         document = json.loads(text, parse_int=float)  # int() of a million digits would take seconds
         compute = document["compute"]
         os_profile = compute.get("osProfile") or {}
-        name = (os_profile.get("computerName") or "").strip() or compute["name"].strip()
-        if not compute["name"]:
-            raise ValueError("it has no name")
+        resource_name = compute["name"].strip()
+        if not resource_name:
+            raise ValueError("it lacks the VM's name, and so maybe more")
+        name = (os_profile.get("computerName") or "").strip() or resource_name
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"not an instance document: {type(error).__name__} {error!s:.100}") from error
-    shown = re.sub(r'("userData"\s*:\s*")[^"]*', r"\1...", text)
-    letter = r'(?:[^"\\]|\\.)'
-    shown = re.sub(rf'("keyData"\s*:\s*"{letter}{{20}}){letter}*({letter}{{10}}")', r"\1...\2", shown)
-    log(DEBUG, f"IMDS has the document {shown:.3000}")
+    without_user_data = re.sub(r'("userData"\s*:\s*")[^"]*', r"\1...", text)
+    log(DEBUG, f"IMDS has the document {without_user_data:.3000}")
     ignored = []
     with contextlib.suppress(TypeError, KeyError):
         if str(document["extended"]["compute"]["hasCustomData"]).lower() == "true":
@@ -452,6 +451,14 @@ def parse_instance(text: str) -> Instance:
     passwords_disabled = str(os_profile.get("disablePasswordAuthentication")).lower() == "true"
     user, keys = os_profile.get("adminUsername") or "", compute.get("publicKeys") or []
     return Instance(name, user, keys, passwords_disabled, ignored)
+
+
+def parse_old_name(text: str) -> Instance:
+    """Return what an old IMDS tells, the name alone. Raises ValueError if text is no name."""
+    name = text.strip()
+    if not re.match(r"[A-Za-z0-9_.-]+\Z", name):
+        raise ValueError(f"not a name: {name!r:.80}")
+    return Instance(name, None, [], False, [])
 
 
 def valid_host_name(name: str) -> str:
@@ -488,7 +495,7 @@ def run(*command: str, limit: float = COMMAND_LIMIT) -> str:
         ) as process:
             try:
                 output = process.communicate(timeout=limit)[0].decode("utf-8", "replace").strip()
-            except subprocess.TimeoutExpired as error:  # run() of Python 3.6 would then wait for its children
+            except subprocess.TimeoutExpired as error:  # subprocess.run() of 3.6 then waits for who has its pipe
                 process.kill()
                 raise ProvisioningError(f"{asked}: no end within {limit:g} s") from error
     except OSError as error:
@@ -574,9 +581,9 @@ def host_name_is(name: str) -> bool:
 
 
 def set_host_name(name: str) -> None:
-    """Give this machine its name, now and for later boots. Raises ProvisioningError if it has not got it afterwards."""
-    # NetworkManager hears of a name from hostnamed alone, which it then has set. Nothing else that renews a lease asks
-    # it, and to start it takes 60 ms even from a warm disk: without NetworkManager its work is done here.
+    """Give this machine its name, now and for later boots. Raises ProvisioningError."""
+    # NetworkManager learns a name from hostnamed alone, so there the name has to go through both. Elsewhere hostnamed
+    # is spared: to start it takes 60 ms even from a warm disk.
     with contextlib.suppress(ProvisioningError):
         run("nmcli", "general", "hostname", name)
     if not host_name_is(name):
@@ -585,8 +592,6 @@ def set_host_name(name: str) -> None:
             socket.sethostname(name)
         except OSError as error:
             raise ProvisioningError(f"sethostname {name}: {error}") from error
-    if not host_name_is(name):
-        raise ProvisioningError(f"the host name is {os.uname().nodename} after it was set to {name}")
 
 
 def rename_in_hosts(text: str, name: str) -> str:
@@ -598,18 +603,22 @@ def rename_in_hosts(text: str, name: str) -> str:
     short, has_domain, _ = name.partition(".")
 
     def rename(line: "re.Match[str]") -> str:
-        address, hosts = line.groups()
-        old = hosts.split()[0].partition(".")[0]
-        if name in hosts.split() or not old:
+        address, hosts = line.group(1), line.group(2).split()
+        old = hosts[0].partition(".")[0]
+        if name in hosts or not old:
             return line.group()
-        with_domain = rf"(?<=\s){re.escape(old)}(\.\S*)(?!\S)"
-        hosts = re.sub(with_domain, name if has_domain else name + r"\1", hosts)
-        alone = rf"(?<=\s){re.escape(old)}(?!\S)"
-        if has_domain and name not in hosts.split():
-            hosts = re.sub(alone, f"{name} {short}", hosts, count=1)
-        return address + re.sub(alone, short, hosts)
+        renamed: List[str] = []
+        for host in hosts:
+            label, dot, domain = host.partition(".")
+            if label != old:
+                renamed.append(host)
+            elif has_domain:
+                renamed += [name, short]
+            else:
+                renamed.append(name + dot + domain)
+        return address + " ".join(dict.fromkeys(renamed))
 
-    return re.sub(r"(?m)^([ \t]*127\.0\.1\.1)([ \t]+[^\s#][^#\n]*)", rename, text)
+    return re.sub(r"(?m)^([ \t]*127\.0\.1\.1[ \t]+)([^\s#]+(?:[ \t]+[^\s#]+)*)", rename, text)
 
 
 def update_hosts(name: str, dry_run: bool = False) -> None:
@@ -625,12 +634,11 @@ def update_hosts(name: str, dry_run: bool = False) -> None:
 # The lease: the virtual network's DNS learns the name from a DHCP client that asks again, and leases there never end.
 
 RENEWAL_LIMIT = 8.0  # seconds, also for each of the commands below
-RENEWALS = 2  # the second if the first has taken the network away: clients that hang have been seen
 
-# The DHCP clients, each by a command whose output fits the pattern if the client has the lease of the interface {}, by
-# the commands that make it ask again under the new name and wait for the answer, and, where no command waits, by the
-# file of the lease. All of it stands in the client's manual. Whoever adds one: install.sh knows what each leaves behind
-# and what binds it to one machine, tests/vm.py how it is set up, and the README names it.
+# A DHCP client, as its manual tells; {} is the interface. It has the lease if what `asked` prints has the pattern. The
+# commands make it ask again under the new name, and wait for the answer; where none of them waits, the file of the
+# lease tells. Whoever adds one: install.sh knows what each leaves behind and what binds it to one machine, tests/vm.py
+# how it is set up, and the README names it.
 Client = collections.namedtuple("Client", "asked pattern commands lease")
 CLIENTS = (
     Client(  # not `networkctl renew`, which does not send the name
@@ -642,7 +650,7 @@ CLIENTS = (
     Client(  # not `nmcli device reapply`, which does not send the name
         "nmcli --get-values DHCP4.OPTION device show {}", ".", ("nmcli --wait 7 device connect {}",), ""
     ),
-    # ifupdown's: one that we started by ifup would die with our unit.
+    # ifupdown's, which has no unit of its own: one that we started by ifup would die with ours.
     Client(
         "systemctl --no-pager --full status", r"(?m)\bdhclient .* {}$", ("systemctl restart networking.service",), ""
     ),
@@ -719,7 +727,7 @@ def publish_host_name(name: str, dry_run: bool = False) -> None:
         log(INFO, f"would publish {name} by {command}")
         return
     started = time.monotonic()
-    for renewals_left in reversed(range(RENEWALS)):
+    for is_last in (False, True):  # once more if the first has taken the network away: clients that hang have been seen
         trouble = ""
         try:
             renew(client, interface)
@@ -732,7 +740,7 @@ def publish_host_name(name: str, dry_run: bool = False) -> None:
                 log(INFO, f"published {name} by {command}, after {time.monotonic() - started:.1f} s")
             return
         trouble = f"{interface} has no address or no default route after {trouble or command}"
-        log(WARNING if renewals_left else ERROR, f"{trouble}; {'trying again' if renewals_left else advice}")
+        log(ERROR if is_last else WARNING, f"{trouble}; {advice if is_last else 'trying again'}")
 
 
 # The user that the VM was created with.
@@ -741,8 +749,9 @@ USER_NAME = r"(?![0-9]+\Z)[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}\Z"
 ADMINISTRATORS = ("sudo", "wheel", "adm")  # the groups, of which each distribution has some
 USER_DATABASE = "/etc"  # passwd(5), group(5), and what belongs to them
 LOGIN_DEFS = "/etc/login.defs"
-UNFINISHED = "azure-provisioning is not done with this user"  # the comment of a user that is being made
-WITH_HOME = ", nor with its home"  # which was not there before
+# The comment of a user that is being made, and of one whose home is being made, too.
+UNFINISHED = "azure-provisioning is not done with this user"
+UNFINISHED_HOME = UNFINISHED + ", nor with its home"
 SUDOERS = "/etc/sudoers.d"
 SSHD = "/usr/sbin/sshd"
 SSHD_DROP_IN = "/etc/ssh/sshd_config.d/10-azure-provisioning.conf"  # sshd takes the first value that it reads
@@ -799,7 +808,7 @@ def parse_keys(text: str) -> "Tuple[Dict[str, str], List[str]]":
         if found and is_key(found.group(2), found.group(3)):
             keys.setdefault(found.group(3), " ".join(word.strip() for word in found.groups() if word))
             begun = ""
-        elif begun and (not found or found.group(4)):  # nothing that goes on in the next line
+        elif begun and (not found or found.group(4)):  # a line that ends with its base64 may go on in the next
             rest.append(begun)
             begun = ""
     return keys, [*rest, begun] if begun else rest
@@ -843,7 +852,7 @@ def find_user(name: str) -> "Optional[pwd.struct_passwd]":
 
 
 def unlock_user_database() -> None:
-    """Remove the locks that a power cut left: useradd would wait for their owners, or refuse to.
+    """Remove the locks that a power cut left: useradd would wait for their owners, and then fail.
 
     All tools that take them hold lckpwdf(3)'s lock meanwhile, so that no lock is anybody's while we have that one.
     """
@@ -869,7 +878,7 @@ def undo_unfinished_users() -> None:
     unlock_user_database()
     for user in pwd.getpwall():
         if user.pw_gecos.startswith(UNFINISHED):
-            remove_home = ["--remove"] if user.pw_gecos.endswith(WITH_HOME) else []
+            remove_home = ["--remove"] if user.pw_gecos == UNFINISHED_HOME else []
             run("userdel", "--force", *remove_home, "--", user.pw_name)
             log(INFO, f"removed the user {user.pw_name}, which was left unfinished")
 
@@ -883,9 +892,9 @@ def make_user(name: str, groups: "Sequence[str]") -> None:
 
     home = f"/home/{name}"
     shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
-    mark = UNFINISHED if os.path.lexists(home) else UNFINISHED + WITH_HOME
+    mark = UNFINISHED if os.path.lexists(home) else UNFINISHED_HOME
     options = ["--no-log-init", "--create-home", "--home-dir", home, "--shell", shell, "--groups", ",".join(groups)]
-    # Without UsePAM, sshd keeps out whose password is locked by "!"; and one that is none need not be changed.
+    # Without UsePAM, sshd keeps out whose password is locked by "!". And what is no password cannot be too old.
     options += ["--password", "*", "--key", "PASS_MAX_DAYS=-1"]
     with contextlib.suppress(KeyError):
         grp.getgrnam(name)  # of a package, say: useradd would refuse to make its own

@@ -15,13 +15,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import textwrap
 import unittest
 from typing import Dict, Iterable, List, Tuple
 
 from tests import fake_az, sandbox
 from tests.test_recipe import recipe
-from tests.vm import wait_for
+from tests.vm import readme_block, readme_blocks, wait_for
 
 GROUP_VARIABLE = "AZURE_PROVISIONING_AZURE"
 AZ_VARIABLE = "AZURE_PROVISIONING_AZ"
@@ -33,18 +32,6 @@ UNPACK = "cd /dev/shm; tar -x"
 
 # Deletes the resource group once its standard input ends, as it does when we end, however that comes about.
 JANITOR = 'cat; [ "$(az group exists -n "$1")" = false ] || exec az group delete -n "$1" --yes'
-
-
-def blocks() -> List[str]:
-    """Return the README's blocks of commands."""
-    with open(os.path.join(sandbox.REPOSITORY, "README.md"), encoding="utf-8") as file:
-        return [textwrap.dedent(text) for _, text in re.findall(r"(?ms)^( *)```sh\n(.*?)^\1```$", file.read())]
-
-
-def block(*commands: str) -> str:
-    """Return the README's only block in which all of commands are."""
-    (found,) = (text for text in blocks() if all(command in text for command in commands))
-    return found
 
 
 class Journey:
@@ -77,7 +64,7 @@ class Journey:
 
     def run_block(self, *commands: str) -> None:
         """Run the README's block in which all of commands are: in our group, with our key, and without logging in."""
-        text = re.sub(r"(?m)^(ssh|scp) .*\n", "", block(*commands)).replace("~/.ssh/id_ed25519", "key")
+        text = re.sub(r"(?m)^(ssh|scp) .*\n", "", readme_block(*commands)).replace("~/.ssh/id_ed25519", "key")
         self.sh(re.sub("( -g|az group create -n) web ", rf"\1 {self.group} ", text))
 
     def ask_azure(self, vm: str, key: str) -> str:
@@ -131,7 +118,7 @@ class Journey:
         else:
             self.run_block("az vm create", "azureuser")
             # The connection ends with the machine, and so with an error.
-            commands = UNPACK + "\n" + block("--remove-user azureuser")
+            commands = UNPACK + "\n" + readme_block("--remove-user azureuser")
             self.ssh("builder", commands, feed=f"tar -c {product} |", check=False, user="azureuser")
         self.run_block("az sig create", "--gallery-image-definition web")
         self.run_block("az vm generalize")
@@ -197,7 +184,7 @@ class StandInTest(StandInCase):
     def test_it_runs_every_command_of_the_readme(self) -> None:
         self.go()
         run = [" ".join(command) + " " for command in self.commands()]
-        for text in blocks():
+        for text in readme_blocks():
             for command in re.findall(r"\b(az [a-z][a-z -]*?|azcopy [a-z]+) (?=-|build)", text):
                 self.assertTrue([line for line in run if line.startswith(command + " ")], command)
 
@@ -259,7 +246,7 @@ class CommandLineTest(StandInCase):
         # Nothing but the stand-ins can be run by what the README says.
         os.symlink(shutil.which("stat") or "", self.directory + "/stat")
         environment = dict(self.environment, PATH=self.directory, **{fake_az.RECORD: "yes"})
-        for text in blocks():
+        for text in readme_blocks():
             if "az " in text:
                 subprocess.run(
                     ["/bin/sh", "-euc", text],

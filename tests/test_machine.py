@@ -17,9 +17,8 @@ from typing import Any, Sequence, Type
 
 from tests import machine, sandbox
 from tests.machine import WITH_USER, Machine
-from tests.test_azure import block
 from tests.test_journey import BUILDER, USER, JourneyCase
-from tests.vm import TAP, UNIT, VM, Azure, Lab, cases, explained, ssh_options, wait_for
+from tests.vm import TAP, UNIT, VM, Azure, Lab, cases, explained, readme_block, ssh_options, wait_for
 
 VARIABLE = "AZURE_PROVISIONING_MACHINE"
 MARKETPLACE_VARIABLE = "AZURE_PROVISIONING_MARKETPLACE"
@@ -230,14 +229,14 @@ class MarketplaceCase(MachineCase):
             image.run("sed", "-i", r"s/^\( *\)macaddress:/\1driver: virtio_net\n&/", NETPLAN)
             test.assertRegex(image.read(NETPLAN), "driver: .*\n *macaddress: ")
             self.look_at_image(image)
-            files = re.findall(r"(?m)^scp (.*) azureuser@builder:$", block("scp"))
+            files = re.findall(r"(?m)^scp (.*) azureuser@builder:$", readme_block("scp"))
             key = self.lab.path("builder")
             with open(key + ".pub", encoding="utf-8") as file:
                 self.traces |= {file.read().split()[1], MARKETPLACE_USER}
             scp = [*azure.enter(), "scp", *ssh_options(key), *files[0].split()]
             home = f"{MARKETPLACE_USER}@{image.addresses()[0]}:"
             subprocess.run([*scp, home], cwd=sandbox.REPOSITORY, check=True)
-            done = self.ssh(image, azure, MARKETPLACE_USER, "builder", block("--remove-user azureuser"))
+            done = self.ssh(image, azure, MARKETPLACE_USER, "builder", readme_block("--remove-user azureuser"))
             for said in (f"took out of {NETPLAN} the line", f"removed the account {MARKETPLACE_USER}", "generalized /"):
                 test.assertIn(said, done.stdout)
             wait_for("the end of the machine", lambda: not image.is_on(), 30 * image.patience)

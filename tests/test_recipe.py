@@ -15,10 +15,9 @@ from typing import Any, ClassVar, Optional, Sequence, Type
 
 from tests import machine, sandbox
 from tests.machine import Disk
-from tests.test_azure import block
 from tests.test_journey import USER, JourneyCase
 from tests.test_machine import VARIABLE
-from tests.vm import VM, WORK, Lab, cases, explained
+from tests.vm import VM, WORK, Lab, cases, explained, readme_block
 
 TOOLS = ("mmdebstrap", "sfdisk", "mkfs.ext4", "mformat", "mcopy", "qemu-img")
 RELEASE = "trixie"  # of Debian, as the recipe stands in the README
@@ -50,7 +49,7 @@ def section() -> str:
 
 def recipe() -> str:
     """Return the commands that make an image."""
-    return block("mmdebstrap --")
+    return readme_block("mmdebstrap --")
 
 
 class RecipeDisk(Disk):

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import unittest
 from typing import IO, Any, ClassVar, Dict, Iterator, List, Optional, Sequence, Tuple, Type
@@ -51,6 +52,18 @@ for _ in $(seq 100); do
 done
 exit 1
 """
+
+
+def readme_blocks() -> List[str]:
+    """Return the README's blocks of commands, which the tests run."""
+    with open(os.path.join(sandbox.REPOSITORY, "README.md"), encoding="utf-8") as file:
+        return [textwrap.dedent(text) for _, text in re.findall(r"(?ms)^( *)```sh\n(.*?)^\1```$", file.read())]
+
+
+def readme_block(*commands: str) -> str:
+    """Return the README's only block in which all of commands are."""
+    (found,) = (text for text in readme_blocks() if all(command in text for command in commands))
+    return found
 
 
 def missing_tools(tools: Sequence[str]) -> List[str]:
