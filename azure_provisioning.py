@@ -49,7 +49,7 @@ IMDS = "169.254.169.254"  # https://learn.microsoft.com/azure/virtual-machines/i
 IMDS_TIMEOUT = 120.0  # seconds with a network; Ready waits for it, so it is a small part of the other
 IMDS_TIMEOUT_FOR_USER = 300.0  # without its user the VM is useless, so this is as long as others wait
 
-ATTEMPT_LIMIT = 10.0  # seconds for one attempt, whatever the peer does
+REQUEST_LIMIT = 10.0  # seconds for one request and its answer, whatever the peer does
 FIRST_PAUSE = 0.25  # seconds between the starts of two attempts, then twice that, and so on
 LONGEST_PAUSE = 5.0
 LONGEST_RETRY_AFTER = 30.0
@@ -111,7 +111,7 @@ def keep_trying(attempt: "Callable[[float], Result]", timeout: float, network_ti
     while True:
         begun = time.monotonic()
         try:
-            return attempt(min(begun + ATTEMPT_LIMIT, end))
+            return attempt(end)
         except ProvisioningError as error:
             failure = error
         now = time.monotonic()
@@ -147,8 +147,9 @@ def exchange(
 ) -> str:
     """Send one request to address (HOST[:PORT]) and return the text of the answer.
 
-    Redirects are not followed and proxies not used. Raises ProvisioningError if there is no complete answer when
-    time.monotonic() is deadline, if its status is not 2xx, or if it is longer than ANSWER_LIMIT or not UTF-8.
+    Redirects are not followed and proxies not used. Raises ProvisioningError if there is no complete answer within
+    REQUEST_LIMIT or when time.monotonic() is deadline, if its status is not 2xx, or if it is longer than ANSWER_LIMIT or
+    not UTF-8.
     """
     asked = f"{method} http://{address}{path}"
     host, _, port = address.partition(":")
@@ -157,7 +158,8 @@ def exchange(
     if body:
         lines.append(f"Content-Length: {len(body)}")
     request = "".join(line + "\r\n" for line in [*lines, ""]).encode("ascii") + body
-    allowed = deadline - time.monotonic()
+    allowed = min(deadline - time.monotonic(), REQUEST_LIMIT)
+    deadline = time.monotonic() + allowed
     answer = None
     received = b""
 
@@ -170,7 +172,7 @@ def exchange(
     try:
         with socket.socket() as connection:
             if host in (WIRESERVER, IMDS):
-                use_default_interface(connection)
+                use_default_interface(connection, host)
             connection.settimeout(time_left())
             connection.connect((host, int(port or 80)))
             connection.settimeout(time_left())
@@ -196,24 +198,31 @@ def exchange(
     return text
 
 
-def use_default_interface(connection: socket.socket) -> None:
-    """Have connection use the interface of the default route, the VM's first: on others nobody answers for Azure.
+def use_default_interface(connection: socket.socket, host: str) -> None:
+    """Have connection use the interface of the default route, the VM's first, if a route leads to host by another.
 
-    A route to 168.63.129.16 can lead out of another one, for it is the DNS server of each:
-    https://github.com/flatcar/init/pull/109. Before Linux 5.7 this takes CAP_NET_RAW, and is left to the routes.
+    There nobody answers for Azure, but 168.63.129.16 is the DNS server of each: https://github.com/flatcar/init/pull/109
+    Before Linux 5.7 this takes CAP_NET_RAW. It is not done without need: the proxy of the Metadata Security Protocol has
+    connections end on the loopback interface.
     """
-    with contextlib.suppress(OSError):
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, default_interface().encode())
+    address = int.from_bytes(socket.inet_aton(host), "little")
+    interface = default_interface()
+    if any(mask and address & mask == network and other != interface for other, network, mask, _ in ipv4_routes()):
+        with contextlib.suppress(OSError):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
 
 
 def default_interface() -> str:
     """Return the interface of the IPv4 default route, the preferred one if there are several; '' if there is none."""
-    routes = []
+    return min([(metric, name) for name, _, mask, metric in ipv4_routes() if not mask], default=(0, ""))[1]
+
+
+def ipv4_routes() -> "List[Tuple[str, int, int, int]]":
+    """Return the interface, destination, mask and metric of each route; see proc_net(5), numbers are little-endian."""
+    rows = []
     with contextlib.suppress(OSError), open("/proc/self/net/route", encoding="ascii", errors="replace") as file:
-        routes = [line.split() for line in file][1:]
-    # The columns are: interface, destination, gateway, flags, references, uses, metric, mask, and three more.
-    defaults = [(int(route[6]), route[0]) for route in routes if route[1] == route[7] == "00000000"]
-    return min(defaults)[1] if defaults else ""
+        rows = [line.split() for line in file][1:]
+    return [(row[0], int(row[1], 16), int(row[7], 16), int(row[6])) for row in rows]
 
 
 def parse_answer(received: bytes, ended: bool) -> "Optional[Tuple[int, str, float, bytes]]":
@@ -501,7 +510,7 @@ def run(*command: str, limit: float = COMMAND_LIMIT) -> str:
     except OSError as error:
         raise ProvisioningError(f"{asked}: {error}") from error
     if process.returncode:
-        raise ProvisioningError(f"{asked}: exit status {process.returncode}: {output:.200}")
+        raise ProvisioningError(f"{asked}: exit status {process.returncode}: {output:.400}")
     return output
 
 
@@ -957,29 +966,43 @@ def allow_sudo(user: "pwd.struct_passwd") -> None:
         replace_file(path, f'"{user.pw_name}" ALL=(ALL:ALL) NOPASSWD:ALL\n', 0o440)
 
 
-def refuse_passwords() -> None:
-    """Have sshd, if there is one, take keys only. Raises ProvisioningError."""
-    if os.path.exists(SSHD) and os.path.isdir(os.path.dirname(SSHD_DROP_IN)):  # OpenSSH 8.2 and later have drop-ins
+def open_sshd(user: "pwd.struct_passwd", passwords_disabled: bool) -> None:
+    """Have sshd, if there is one, let user in, and take keys only if passwords are disabled.
+
+    Raises ProvisioningError, and leaves sshd as it was, if it would not.
+    """
+    if not os.path.exists(SSHD):
+        return
+    # OpenSSH 8.2 and later have drop-ins.
+    refuse_passwords = passwords_disabled and os.path.isdir(os.path.dirname(SSHD_DROP_IN))
+    if refuse_passwords:
         replace_file(SSHD_DROP_IN, "".join(f"{setting} no\n" for setting in PASSWORDS), 0o600)
+    try:
+        check_sshd(user, passwords_disabled)
+    except ProvisioningError:
+        with contextlib.suppress(OSError):
+            os.unlink(SSHD_DROP_IN)
+        raise
+    if refuse_passwords:
         # As patterns: what does not match a unit that is loaded is no error.
         run("systemctl", "try-reload-or-restart", "[s]sh.service", "[s]shd.service")
 
 
 def check_sshd(user: "pwd.struct_passwd", passwords_disabled: bool) -> None:
-    """Ask sshd, if there is one, whether it lets user in by the keys, and not by a password if that is disabled.
+    """Ask sshd whether it lets user in by the keys, and not by a password if that is disabled.
 
     Raises ProvisioningError if not: that is for the image to mend.
     """
-    if not os.path.exists(SSHD):
-        return
     import fnmatch
     import grp
 
     name, home = user.pw_name, user.pw_dir
     try:
         settings = run(SSHD, "-T", "-C", f"user={name},host=localhost,addr=127.0.0.1")
-    except ProvisioningError as error:  # it wants directories and keys that may come later in the boot
-        log(INFO, f"{error}; whether it lets {name} in is for its configuration to say")
+    except ProvisioningError as error:
+        if not re.search("no hostkeys available|Missing privilege separation directory", str(error)):
+            raise
+        log(INFO, f"{error}, which may come later in the boot; whether it lets {name} in is not known")
         return
 
     def values(setting: str) -> "List[str]":
@@ -993,6 +1016,9 @@ def check_sshd(user: "pwd.struct_passwd", passwords_disabled: bool) -> None:
 
     unwanted = ["PubkeyAuthentication no", *(f"{setting} yes" for setting in PASSWORDS if passwords_disabled)]
     wrong = re.findall("(?mi)^(?:{})$".format("|".join(unwanted)), settings)
+    methods = values("authenticationmethods")
+    if methods and not {"any", "publickey"} & {*methods}:
+        wrong.append(f"authenticationmethods {' '.join(methods)}")
     files = [path.replace("%h", home).replace("%u", name) for path in values("authorizedkeysfile")]
     if files and not {".ssh/authorized_keys", f"{home}/.ssh/authorized_keys"} & {*files}:
         wrong.append(f"authorizedkeysfile {' '.join(files)}")
@@ -1070,9 +1096,7 @@ def user_step(options: Options, instance: Instance) -> None:
     with as_user(user):
         add_keys(user.pw_dir, keys)
     allow_sudo(user)
-    if instance.passwords_disabled:
-        refuse_passwords()
-    check_sshd(user, instance.passwords_disabled)
+    open_sshd(user, instance.passwords_disabled)
     log(INFO, f"{name} can log in, SSH keys: {len(keys)}")
 
 

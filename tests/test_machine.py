@@ -218,6 +218,7 @@ class MarketplaceCase(MachineCase):
         test: Any = self
         image = self.vm(self.lab, self.release, client, install=False)
         self.use(image)
+        os.remove(image.path("var/lib/waagent/ovf-env.xml"))  # or cloud-init would read it
         image.write("etc/hostname", "debian\n")
         with self.azure(BUILDER, MARKETPLACE_USER, "builder") as azure, explained(image, azure):
             azure.start_network().start()

@@ -87,7 +87,7 @@ class ReadmeTest(unittest.TestCase):
             f"{module.COMMAND_LIMIT:g} s, nor on the DHCP client, its answer or the network after it for more than "
             f"{module.RENEWAL_LIMIT:g} each (twice that ",
             f"nor on SSH host keys for more than {minutes[int(host_keys[0])]} (",
-            f"One try takes {module.ATTEMPT_LIMIT:g} s at most and 1 MiB of each answer. Pauses start at "
+            f"One request takes {module.REQUEST_LIMIT:g} s at most and 1 MiB of each answer. Pauses start at "
             f"{pauses[module.FIRST_PAUSE]}, double up to {module.LONGEST_PAUSE:g} s, vary by chance, and honour "
             f"`Retry-After` up to {module.LONGEST_RETRY_AFTER:g} s.",
             f"refuses the document with 400 for {module.OLD_IMDS_AFTER:g} s",
