@@ -148,8 +148,8 @@ def exchange(
     """Send one request to address (HOST[:PORT]) and return the text of the answer.
 
     Redirects are not followed and proxies not used. Raises ProvisioningError if there is no complete answer within
-    REQUEST_LIMIT or when time.monotonic() is deadline, if its status is not 2xx, or if it is longer than ANSWER_LIMIT or
-    not UTF-8.
+    REQUEST_LIMIT and before time.monotonic() is deadline, if its status is not 2xx, or if it is longer than
+    ANSWER_LIMIT or not UTF-8.
     """
     asked = f"{method} http://{address}{path}"
     host, _, port = address.partition(":")
@@ -202,8 +202,8 @@ def use_default_interface(connection: socket.socket, host: str) -> None:
     """Have connection use the interface of the default route, the VM's first, if a route leads to host by another.
 
     There nobody answers for Azure, but 168.63.129.16 is the DNS server of each: https://github.com/flatcar/init/pull/109
-    Before Linux 5.7 this takes CAP_NET_RAW. It is not done without need: the proxy of the Metadata Security Protocol has
-    connections end on the loopback interface.
+    Before Linux 5.7 this takes CAP_NET_RAW. It is not done without need, for the proxy of the Metadata Security
+    Protocol has connections end on the loopback interface.
     """
     address = int.from_bytes(socket.inet_aton(host), "little")
     interface = default_interface()

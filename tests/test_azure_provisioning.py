@@ -481,25 +481,32 @@ class TransportTest(Case):
             azure_provisioning.exchange("127.0.0.1:9", self.clock.monotonic() - 1, "GET", "/", {})
 
     def test_each_request_of_an_attempt_has_its_own_limit(self) -> None:
-        azure = self.azure([{"do": "right", "delay": 0.3}, {"do": "right", "delay": 0.3}, {"do": "right", "delay": 0.6}])
+        azure = self.azure(
+            [{"do": "right", "delay": 0.3}, {"do": "right", "delay": 0.3}, {"do": "right", "delay": 0.6}]
+        )
         self.assertEqual(self.main(azure, "ready"), 0)
         self.assertEqual(self.warnings(), [])
         self.main(azure, "ready")
         self.assertRegex(self.warnings()[0], r"^GET .*: no complete answer within 0\.5 s; trying again")
 
     def test_azures_own_addresses_are_asked_on_the_interface_of_the_default_route_and_no_others(self) -> None:
-        # 168.63.129.16 and 169.254.0.0/16, as /proc/self/net/route has them on eth8
-        elsewhere = [("eth7", 0, 0, 9), ("eth8", 0x10813FA8, 0xFFFFFFFF, 1), ("eth8", 0xFEA9, 0xFFFF, 1)]
-        self.replace(ipv4_routes=lambda: elsewhere)
+        # Routes by default, to 168.63.129.16, to 169.254.0.0/16 and to 10.0.0.0/24: (destination, mask)
+        default, wireserver, link, lan = (0, 0), (0x10813FA8, 0xFFFFFFFF), (0xFEA9, 0xFFFF), (0xA, 0xFFFFFF)
         bound = mock.call(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth7")
-        for address, refusal, wanted in (
-            (azure_provisioning.WIRESERVER, None, [bound]),
-            (azure_provisioning.IMDS, None, [bound]),
-            (azure_provisioning.IMDS + ":80", None, [bound]),
-            (azure_provisioning.WIRESERVER, PermissionError("old kernel"), [bound]),  # goes on without it
-            ("127.0.0.1:9", None, []),
+        for address, routes, refusal, wanted in (
+            (azure_provisioning.WIRESERVER, {"eth8": wireserver}, None, [bound]),
+            (azure_provisioning.IMDS, {"eth8": link}, None, [bound]),
+            (azure_provisioning.IMDS + ":80", {"eth8": link}, None, [bound]),
+            (azure_provisioning.WIRESERVER, {"eth8": wireserver}, PermissionError("old kernel"), [bound]),  # goes on
+            (azure_provisioning.WIRESERVER, {"eth8": lan}, None, []),
+            (azure_provisioning.WIRESERVER, {"eth8": link}, None, []),
+            (azure_provisioning.WIRESERVER, {"eth7": wireserver}, None, []),
+            (azure_provisioning.WIRESERVER, {"eth8": default}, None, []),
+            ("127.0.0.1:9", {"eth8": wireserver}, None, []),
         ):
-            with self.subTest(address), mock.patch.object(socket, "socket") as make:
+            table = [("eth7", *default, 0), *((name, *route, 1) for name, route in routes.items())]
+            self.replace(ipv4_routes=lambda table=table: table)
+            with self.subTest(address, routes=routes), mock.patch.object(socket, "socket") as make:
                 connection = make.return_value.__enter__.return_value
                 connection.setsockopt.side_effect = refusal
                 connection.connect.side_effect = OSError("no")
@@ -1287,6 +1294,7 @@ class UserTest(Case):
         self.ran: List[str] = []
         self.written: Dict[str, Tuple[str, int]] = {}
         self.failing = self.settings = self.login_defs = self.acting_as = ""
+        self.reason = "no"
         self.replace(
             run=self.run_command,
             replace_file=self.write,
@@ -1314,7 +1322,7 @@ class UserTest(Case):
             self.users[name] = 1000
             self.comments[name] = command[command.index("--comment") + 1]
         if self.failing and self.failing in self.ran[-1]:
-            raise ProvisioningError(f"{self.failing}: exit status 1: no")
+            raise ProvisioningError(f"{self.failing}: exit status 1: {self.reason}")
         if command[:2] == ("usermod", "--comment"):
             self.comments[name] = command[2]
         if command[0] == "userdel":
@@ -1578,8 +1586,8 @@ class UserTest(Case):
             self.user(disable_password_authentication="true")
             self.assertIn(self.directory + "/drop.conf", self.written)
             self.assertEqual(self.levels[-2:], [INFO] * 2)
-            told = f"sshd -T: exit status 1: {self.reason}, which may come later in the boot; whether it lets alice in is not"
-            self.assertEqual(self.lines[-2], told + " known")
+            told = f"{self.reason}, which may come later in the boot; whether it lets alice in is not known"
+            self.assertEqual(self.lines[-2], "sshd -T: exit status 1: " + told)
 
     def test_an_sshd_that_refuses_its_configuration_is_an_error_and_left_as_it_was(self) -> None:
         self.sshd("")
