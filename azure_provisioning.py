@@ -1000,9 +1000,10 @@ def check_sshd(user: "pwd.struct_passwd", passwords_disabled: bool) -> None:
     try:
         settings = run(SSHD, "-T", "-C", f"user={name},host=localhost,addr=127.0.0.1")
     except ProvisioningError as error:
-        if not re.search("no hostkeys available|Missing privilege separation directory", str(error)):
+        if re.search(r"( line [0-9]+: |bad configuration|cannot be satisfied).*\Z", str(error)):  # is what it ends with
             raise
-        log(INFO, f"{error}, which may come later in the boot; whether it lets {name} in is not known")
+        # It wants a directory and keys that may come later in the boot.
+        log(INFO, f"{error}; whether it lets {name} in is for its configuration to say")
         return
 
     def values(setting: str) -> "List[str]":
