@@ -540,6 +540,8 @@ def replace_file(path: str, text: str, mode: int = 0o644) -> None:
     temporary = path + ".azure-provisioning"
     label = None
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # what a link to /dev/null, say, leads to
+            raise OSError("not a regular file")
         with contextlib.suppress(OSError):  # no such file yet, or no labels here
             label = os.getxattr(path, SELINUX_LABEL)
         with contextlib.suppress(FileNotFoundError):
@@ -585,7 +587,7 @@ def host_name_is(name: str) -> bool:
     """Whether the kernel and ETC_HOSTNAME both have name."""
     try:
         return os.uname().nodename == name and read_file(ETC_HOSTNAME).strip() == name
-    except ProvisioningError:  # no file, but a FIFO, say: it will be replaced
+    except ProvisioningError:  # which it will be again when the name is written
         return False
 
 

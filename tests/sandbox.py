@@ -123,7 +123,7 @@ def furnish(host_name: str, hosts: Optional[str], own_home: bool) -> None:
     links = {}
     if os.path.isdir("/etc/alternatives"):
         links = {name: os.path.realpath("/etc/alternatives/" + name) for name in os.listdir("/etc/alternatives")}
-    for directory in ("/var", "/home"):
+    for directory in ("/var", "/home", "/dev"):
         if os.access(directory, os.W_OK):
             call("mount", "-n", "--rbind", directory, directory)
             call("mount", "-n", "-o", "remount,bind,ro", directory)
@@ -159,7 +159,7 @@ def report(azure: FakeAzure) -> Dict[str, Any]:
     """Return what Azure saw, and what the VM is called now."""
 
     def read(path: str) -> Optional[str]:
-        if not os.path.exists(path):
+        if not os.path.isfile(path):
             return None
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read()

@@ -935,6 +935,13 @@ class MachineTest(Case):
             azure_provisioning.replace_file(path, "new")
         self.assertEqual((azure_provisioning.read_file(path), os.listdir(self.directory)), ("old", ["x"]))
 
+    def test_what_is_no_file_is_not_replaced(self) -> None:
+        os.mkfifo(self.directory + "/fifo")
+        os.symlink("fifo", self.directory + "/x")
+        with self.assertRaisesRegex(ProvisioningError, f"^write {self.directory}/fifo: not a regular file$"):
+            azure_provisioning.replace_file(self.directory + "/x", "new")
+        self.assertEqual(sorted(os.listdir(self.directory)), ["fifo", "x"])
+
     def test_a_file_is_read_as_it_is_or_not_at_all(self) -> None:
         os.mkfifo(self.directory + "/fifo")
         os.mkdir(self.directory + "/directory")

@@ -261,10 +261,12 @@ class DiskTest(SandboxCase):
         self.check_ready(result)
         self.assertIn("hostname failed: read /etc/hosts: more than 4194304 characters\n", result.stderr)
 
-    def test_a_fifo_in_place_of_etc_hostname_is_replaced(self) -> None:
-        result = self.vm_after("rm hostname && mkfifo hostname")
-        self.assertEqual(result.status, 0, result)
-        self.check_ready(result)
+    def test_what_is_no_file_in_place_of_etc_hostname_is_an_error_and_ready_is_reported(self) -> None:
+        for way in ("mkfifo", "ln -s /dev/null"):
+            result = self.vm_after(f"rm hostname && {way} hostname", "[ ! -f hostname ]")
+            self.assertEqual(result.status, 1, result)
+            self.check_ready(result)
+            self.assertRegex(result.stderr, "hostname failed: write /(etc/hostname|dev/null): not a regular file\n")
 
     def test_what_is_in_the_way_of_the_temporary_file_is_not_written_to(self) -> None:
         for way in ("mkfifo", "ln -s /etc", "ln -s /etc/victim", "touch", "ln -s /nowhere/at/all"):
@@ -491,7 +493,7 @@ class SandboxTest(SandboxCase):
         self.assertEqual(result.stdout, "bus: \n")
 
     def test_logs_and_homes_of_the_machine_cannot_be_written(self) -> None:
-        for directory in ("/var", "/home"):
+        for directory in ("/var", "/home", "/dev"):
             result = self.vm_command("sh", "-c", f"touch {directory}/x && rm {directory}/x && echo written")
             self.assertEqual((result.status, result.stdout), (1, ""), result)
 
