@@ -230,6 +230,7 @@ class MarketplaceCase(MachineCase):
             image.run("sed", "-i", r"s/^\( *\)macaddress:/\1driver: virtio_net\n&/", NETPLAN)
             test.assertRegex(image.read(NETPLAN), "driver: .*\n *macaddress: ")
             self.look_at_image(image)
+            self.enabled.remove("walinuxagent.service")
             files = re.findall(r"(?m)^scp (.*) azureuser@builder:$", readme_block("scp"))
             key = self.lab.path("builder")
             with open(key + ".pub", encoding="utf-8") as file:

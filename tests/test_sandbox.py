@@ -265,7 +265,7 @@ class DiskTest(SandboxCase):
         for way in ("mkfifo", "ln -s /dev/null"):
             result = self.vm_after(f"rm hostname && {way} hostname", "[ ! -f hostname ]")
             self.assertEqual(result.status, 1, result)
-            self.check_ready(result)
+            self.assertEqual([report["state"] for report in result.seen["reports"]], ["Ready"])
             self.assertRegex(result.stderr, "hostname failed: write /(etc/hostname|dev/null): not a regular file\n")
 
     def test_what_is_in_the_way_of_the_temporary_file_is_not_written_to(self) -> None:
