@@ -31,6 +31,7 @@ units=/etc/systemd/system
 wants=$units/multi-user.target.wants
 preset=/etc/systemd/system-preset/00-azure-provisioning.preset
 user_dropin=$units/$unit.d/10-user.conf
+roots_keys=/root/.ssh/authorized_keys
 again=/run/azure-provisioning/install.sh
 # Where systemd looks for units, the first that has one wins.
 unit_path="$units /usr/local/lib/systemd/system /usr/lib/systemd/system /lib/systemd/system"
@@ -62,15 +63,12 @@ uninstall() {
     ! running || rm -f "$again" # or it would forget once more at shutdown
     found=''
     for path; do
-        ! there "$path" || found=yes
+        take_away "$path"
     done
     if [ -z "$found" ]; then
         say "nothing of it is installed in ${root:-/}"
         return
     fi
-    for path; do
-        take_away "$path"
-    done
     for path in "$preset" "$user_dropin"; do
         ! enter "${path%/*}" || rmdir "$PWD" 2>/dev/null || : # something else is in it
     done
@@ -96,7 +94,7 @@ generalize() {
     forget # nothing yet, but object where that will not be possible
     if [ -n "$check" ]; then
         tell_what_is_left
-        begin
+        stop_if_refused
         return
     fi
     confirm
@@ -117,7 +115,12 @@ generalize() {
 }
 
 # What a captured image must not carry, or what is told of it, each line with what is done and why. Paths in ~ are those
-# of every home. /etc/machine-id comes last: an image that has one is an image that is not done.
+# of every home. What is done is one of the functions behind forget():
+#   remove       files, and links             clear        all that is in a directory
+#   remove_file  a file, but not a link       clear_files  the files in it and below
+#   remove_made  what is made anew, else told keep         nothing: it is told
+#   unname       the name becomes localhost   blank        an empty file
+# /etc/machine-id comes last: an image that has one is an image that is not done.
 forgotten() {
     cat <<'end'
 remove      /etc/ssh/ssh_host_*                     SSH host keys, by which every VM could pose as every other
@@ -204,9 +207,10 @@ port  /etc/network/interfaces.d   *                   ^[[:space:]]*(auto|allow-h
 end
 }
 
-# The other provisioning agents: their units, and the command that is enough against them.
+# The other provisioning agents: their units, and the command that is enough against them. check_agents() knows how one
+# is told not to provision, forgotten() what it leaves behind.
 agents() {
-    shown=$(printf %s "$root" | tr '\n' '?') # a line is a row
+    shown=$(printf %s "$root" | tr '\n' '?') # or one with a newline would make two rows of one
     disable="systemctl ${shown:+--root=$shown }disable"
     cat <<end
 cloud-init   cloud-[cfi]*.service       touch $shown/etc/cloud/cloud-init.disabled
@@ -217,8 +221,8 @@ end
 }
 
 # What configures the network: a unit that is enabled, or a program, and where that alone will not do, files that have a
-# line. Of systemd's own files, 80 and something are for containers and the like. Debian's images for Azure have a file
-# made for each interface that is found. RHEL's scripts are no unit.
+# line. [!8]*: of systemd's own files, 80 and something are for containers and the like. /run/network: Debian's images for
+# Azure have a file made there for each interface that is found. S10network: RHEL's scripts are no unit.
 networks() {
     networkd='^[[:space:]]*DHCP[[:space:]]*=[[:space:]]*(yes|true|ipv4|both|on|1)'
     interface='iface[[:space:]]+([^l]|l[^o]|lo[^[:space:]])[^[:space:]]*[[:space:]]+inet[[:space:]]+dhcp'
@@ -249,7 +253,7 @@ warn() {
     say "install.sh: $1" >&2
 }
 
-# refuse REASON: tell it, and change nothing. All reasons are told before begin() ends the program.
+# refuse REASON: tell it, and change nothing. All reasons are told before stop_if_refused() ends the program.
 refused=''
 refuse() {
     warn "$1; nothing was changed"
@@ -279,8 +283,12 @@ confirm() {
 
 changing='' temporary='' copies=''
 begin() {
-    [ -z "$refused" ] || exit 1
+    stop_if_refused
     changing=yes
+}
+
+stop_if_refused() {
+    [ -z "$refused" ] || exit 1
 }
 
 end() {
@@ -454,7 +462,7 @@ last_line() {
 # is_ours NAME: whether it is as an install.sh left it, a link that enables the unit or a file with our last line.
 is_ours() {
     if [ -L "$1" ]; then
-        [ "$PWD:$(readlink "$1" | sed 's|.*/||')" = "$root$wants:${1#./}" ]
+        [ "$PWD" = "$root$wants" ] && [ "$(readlink "$1" | sed 's|.*/|./|')" = "$1" ]
     else
         [ -f "$1" ] && [ "$(tail -n 1 "$1" | cksum)" = "$(sed '$d' "$1" | last_line | cksum)" ]
     fi
@@ -471,6 +479,7 @@ enable_unit() {
 # take_away PATH: a file or link, but for what others made of it.
 take_away() {
     there "$1" || return 0
+    found=yes
     if is_ours "$name"; then
         rm "$name"
     elif [ -n "$force" ] && { [ -L "$name" ] || [ ! -d "$name" ]; }; then
@@ -496,11 +505,12 @@ add_or_drop_user() {
     fi
 }
 
-# What was written has the labels of this machine's SELinux, or none.
+# Give what was written the labels that it should have, or tell who runs this to do it.
 relabel() {
     file /etc/selinux/config && grep -Eq '^SELINUX=(enforcing|permissive)' "$name" || return 0
     if running && command -v restorecon >/dev/null; then
-        restorecon -R "$units" /usr/local/sbin /etc/hostname /etc/machine-id
+        restorecon -R -i "$units" /usr/local/sbin /etc/hostname /etc/machine-id /etc/netplan /etc/sudoers.d \
+            /etc/passwd /etc/shadow /etc/group /etc/gshadow /etc/subuid /etc/subgid
     else
         warn "SELinux is on in ${root:-/}, and what was written has no labels of its policy: run restorecon -R /etc /usr/local there, or make /.autorelabel"
     fi
@@ -570,14 +580,16 @@ mounted_below() {
     done
 }
 
-# check_bound DIR: what of its very file system is mounted below it would be emptied, too, for find -xdev goes there.
-check_bound() {
-    [ -z "$changing" ] && enter "$1" || return 0
-    found=$(mounted_below | while read -r point; do
-        [ "$(stat -c %d "$point")" != "$(stat -c %d .)" ] || echo "$point"
-    done)
-    [ -z "$found" ] || object "$found shows what is elsewhere, and would be emptied: unmount it"
+# check_mounts DIR TEST: before DIR is emptied, nothing may be mounted in it that fits TEST.
+check_mounts() {
+    if [ -z "$changing" ] && enter "$1"; then
+        found=$(mounted_below | while read -r point; do ! "$2" "$point" || echo "$point"; done)
+        [ -z "$found" ] || refuse "$found is mounted in $1, which is to be emptied: unmount it"
+    fi
 }
+
+# find -xdev goes where the same file system is mounted once more.
+is_bound() { [ "$(stat -c %d "$1")" = "$(stat -c %d .)" ]; }
 
 # delete DIR [TEST...]: what find finds in it.
 delete() {
@@ -590,8 +602,14 @@ delete() {
 }
 
 # The directory is kept; not all daemons make theirs.
-clear() { check_bound "$1" && delete "$1"; }
-clear_files() { check_bound "$1" && delete "$1" -type f; }
+clear() {
+    check_mounts "$1" true
+    delete "$1"
+}
+clear_files() {
+    check_mounts "$1" is_bound
+    delete "$1" -type f
+}
 remove() { delete "${1%/*}" -maxdepth 1 -name "${1##*/}" ! -type d; }
 # Where it is a link, that leads to what is made anew in each boot.
 remove_file() { delete "${1%/*}" -maxdepth 1 -name "${1##*/}" -type f; }
@@ -681,6 +699,7 @@ see_what_opens() {
 }
 
 tell_what_is_left() {
+    see_what_opens # root may have fewer keys by now
     [ -z "$with_keys" ] || say "left what opens every VM, authorized keys of:$with_keys"
     [ -z "$with_sudo" ] || say "left rules of sudo for them:$with_sudo"
     [ -z "$with_password" ] || say "left what opens every VM, a password of:$with_password"
@@ -735,8 +754,9 @@ check_removal() {
     for account in $removed; do
         if ! find_account "$account" || [ "$uid" = 0 ]; then
             refuse "no account $account in ${root:-/} that could be removed"
-        elif enter "$home" && found=$(mounted_below) && [ -n "$found" ]; then
-            refuse "$found is mounted in the home of $account: unmount it"
+        else
+            check_mounts "$home" true
+            forget_spools "$account"
         fi
     done
     [ -z "$removed" ] || command -v userdel >/dev/null || refuse 'this machine has no userdel'
@@ -745,10 +765,9 @@ check_removal() {
 # The account itself is the last, so that what was interrupted can be done again.
 remove_user() {
     find_account "$1"
+    take_keys_from_root "$1"
     remove_home "$1"
-    for spool in /var/mail /var/spool/mail /var/spool/cron /var/spool/cron/crontabs /var/lib/systemd/linger; do
-        remove "$spool/$1"
-    done
+    forget_spools "$1"
     rules_for "$1" | while read -r rules; do
         put 440 "$rules" sed -E "/$(rule_of "$1")/{:a;/\\\\$/{N;ba};d};/^# User rules for $1\$/d" "./${rules##*/}"
         grep -q '^[[:space:]]*[^#[:space:]]' "$name" || rm "$name"
@@ -757,6 +776,25 @@ remove_user() {
     named="(^|[^A-Za-z0-9._-])$(printf %s "$1" | sed 's/\./[.]/g')([^A-Za-z0-9._-]|\$)"
     found=$(having /etc sudoers "$named" && having /etc/sudoers.d '*' "$named")
     say "removed the account $1${found:+, but not from rules of sudo: $found}"
+}
+
+# cloud-init gives the user's keys to root, too, with a command that tells who may log in.
+take_keys_from_root() {
+    file "$home/.ssh/authorized_keys" && keys=$(grep -o 'AAAA[A-Za-z0-9+/]*' "$name") || return 0
+    if file "$roots_keys" && grep -qF -e "$keys" "$name"; then
+        put 600 "$roots_keys" lines_without "$keys" "$name"
+        say "took the keys of $1 out of $roots_keys"
+    fi
+}
+
+lines_without() {
+    grep -vF -e "$1" "$2" || : # none is left
+}
+
+forget_spools() {
+    for spool in /var/mail /var/spool/mail /var/spool/cron /var/spool/cron/crontabs /var/lib/systemd/linger; do
+        remove "$spool/$1"
+    done
 }
 
 # Where it is below /home, where it says, and neither somebody else's nor above theirs.
@@ -898,7 +936,7 @@ check_installed() {
 check_network_is_for_every_vm() {
     while read -r why where files line remedy; do
         found=$(having "$where" "$files" "$line" | while read -r config; do
-            ! at "$config" || ! unbound "$name" | grep -Eq -e "$line" || echo "$config"
+            ! at "$config" || ! without_mac "$name" | grep -Eq -e "$line" || echo "$config"
         done)
         case $why in
             mac) why='is bound to a MAC address, and every VM has another' ;;
@@ -921,9 +959,9 @@ asks_by_dhcpcd() {
     [ -n "$(enabled networking.service)" ] && ! runs /usr/sbin/dhclient && ! runs /sbin/dhclient
 }
 
-# unbound NAME: print a file of netplan as it is after the line of a MAC address beside that of the driver, which cloud-init
+# without_mac NAME: print a file of netplan as it is after the line of a MAC address beside that of the driver, which cloud-init
 # writes on Azure, is taken out: the driver is what each VM's interface has. Other files are printed as they are.
-unbound() {
+without_mac() {
     if [ "$(grep -c macaddress "$1")" -gt 1 ]; then # one driver would then stand for several interfaces
         cat "$1"
         return
@@ -935,8 +973,8 @@ unbound() {
 unbind_netplan() {
     having /etc/netplan '*.yaml' macaddress | while read -r config; do
         at "$config" || continue
-        if [ "$(unbound "$name")" != "$(cat "$name")" ]; then
-            put 600 "$config" unbound "$name"
+        if [ "$(without_mac "$name")" != "$(cat "$name")" ]; then
+            put 600 "$config" without_mac "$name"
             say "took out of $config the line of the MAC address, beside that of the driver"
         fi
     done
@@ -954,7 +992,7 @@ check_netplan() {
     copies=$(mktemp -d)
     mkdir -p "$copies/etc/netplan"
     echo "$found" | while read -r config; do
-        ! at "$config" || unbound "$name" >"$copies$config"
+        ! at "$config" || without_mac "$name" >"$copies$config"
     done
     if ! said=$(netplan generate --root-dir "$copies" 2>&1); then
         object "netplan refuses what /etc/netplan says in ${root:-/}: $said"
@@ -988,9 +1026,8 @@ check_network_comes_up() {
 # A disk that is not there means emergency mode, without a network, unless its line has nofail.
 check_fstab() {
     file /etc/fstab || return 0
-    os=''
+    os=$(sed -n 's|^[[:space:]]*\([^#[:space:]]*\)[[:space:]][[:space:]]*/[[:space:]].*|\1|p' "$name")
     while read -r device where type options _ || [ -n "$device" ]; do
-        [ "$where" != / ] || os=$device
         case $device,$options, in
             /dev/disk/azure/root* | /dev/disk/azure/os*) ;; # every VM has this one
             *,nofail,* | *,noauto,*) ;;
@@ -1062,7 +1099,7 @@ esac
 for tool in cksum cut find grep mktemp readlink sed stat tail; do
     command -v "$tool" >/dev/null || refuse "this machine has no $tool"
 done
-[ -z "$refused" ] || exit 1
+stop_if_refused
 if [ -n "$root" ]; then
     case $root in /*) ;; *) root=./$root ;; esac # for cd, - and -P are no directories
     if ! cd -P "$root" 2>/dev/null; then
