@@ -190,8 +190,9 @@ def exchange(
         raise ProvisioningError(f"{asked}: no complete answer within {max(allowed, 0):.2g} s") from error
     except (OSError, ValueError) as error:
         code = getattr(error, "errno", None)
-        # The latter where a DHCP client has given itself an address for as long as it has no lease.
-        offline = code in (errno.ENETUNREACH, errno.ENETDOWN) or code == errno.EHOSTUNREACH and not default_interface()
+        offline = code in (errno.ENETUNREACH, errno.ENETDOWN)
+        if code == errno.EHOSTUNREACH:  # a DHCP client that has no lease yet may have given itself an address
+            offline = not default_interface()
         raise ProvisioningError(f"{asked}: {error!s:.200}", offline=offline) from error
     if not 200 <= status < 300:
         # The errors of the WireServer are pages of HTML.
