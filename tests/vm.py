@@ -589,6 +589,11 @@ class VM:
             return "(it is off)"
         return self.run("journalctl", "--no-pager", "--output=short-monotonic")
 
+    def forget_console(self) -> None:
+        """Forget what was on the console."""
+        os.ftruncate(self.console.fileno(), 0)
+        os.lseek(self.console.fileno(), 0, os.SEEK_SET)
+
     def console_text(self) -> str:
         """Return all that was ever on the console, without its colours."""
         text = os.pread(self.console.fileno(), 1 << 24, 0).decode("utf-8", "replace")
