@@ -1003,7 +1003,8 @@ def check_sshd(user: "pwd.struct_passwd", passwords_disabled: bool) -> None:
 
     name, home = user.pw_name, user.pw_dir
     try:
-        settings = run(SSHD, "-T", "-C", f"user={name},host=localhost,addr=127.0.0.1")
+        here = "host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22"
+        settings = run(SSHD, "-T", "-C", f"user={name},{here}")
     except ProvisioningError as error:
         if re.search(r"( line [0-9]+: |bad configuration|cannot be satisfied).*\Z", str(error)):  # is what it ends with
             raise

@@ -81,7 +81,7 @@ KERNEL = "root=/dev/vda rw console=ttyS0 panic=-1 quiet net.ifnames=0 no_timer_c
 # Panics that are the emulated processor's. A disk of a user's own has its kernel's arguments; and rarely the processor
 # meets the breakpoint of a kernel that is changing its own code: https://bugzilla.redhat.com/show_bug.cgi?id=2216496
 EMULATORS_PANIC = re.compile(
-    r"panic - not syncing: IO-APIC \+ timer doesn't work!|(?s:int3: 0000 .*panic - not syncing)"
+    r"(?s)panic - not syncing: IO-APIC \+ timer doesn't work!|int3: 0000 .*panic - not syncing"
 )
 
 # What the shell becomes: it answers "Q NUMBER COMMAND" with "A NUMBER OUTPUT", both as base64.
@@ -205,12 +205,11 @@ class Machine(VM):
     def boot(self, azure: Azure, *kernel: str) -> "Machine":
         self.switch_on(azure, *kernel)
         if not self.meet_shell():
-            end = self.console_text()[-3000:]
-            if not EMULATORS_PANIC.search(end):
+            text = self.console_text()
+            if not EMULATORS_PANIC.search(text):
                 seconds = time.monotonic() - self.switched_on
-                raise AssertionError(
-                    f"no shell {seconds:.0f} s after power on: {self.heard!r}\nthe console's end: {end}"
-                )
+                told = f"no shell {seconds:.0f} s after power on: {self.heard!r}\nthe console's end: {text[-2000:]}"
+                raise AssertionError(told)
             self.cut_power()
             self.forget_console()
             return self.boot(azure, *kernel)

@@ -1210,7 +1210,7 @@ class UserTest(Case):
             self.sshd("", raw)
             self.assertEqual(self.written.get(self.drop_in), ("", self.NO_PASSWORDS, 0o600) if disabled else None)
             reload = "systemctl try-reload-or-restart [s]sh.service [s]shd.service"
-            asked = self.directory + "/sshd -T -C user=alice,host=localhost,addr=127.0.0.1"
+            asked = self.directory + "/sshd -T -C user=alice,host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22"
             self.assertEqual(self.ran[-2:] if disabled else self.ran[-1:], [asked] + [reload] * disabled)
         self.failing = "systemctl"
         self.sshd("", status=1, told="user failed: systemctl: exit status 1: no")
