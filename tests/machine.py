@@ -80,9 +80,7 @@ CONTROLLERS = {
 KERNEL = "root=/dev/vda rw console=ttyS0 panic=-1 quiet net.ifnames=0 no_timer_check systemd.debug_shell=ttyS1"
 # Panics that are the emulated processor's. A disk of a user's own has its kernel's arguments; and rarely the processor
 # meets the breakpoint of a kernel that is changing its own code: https://bugzilla.redhat.com/show_bug.cgi?id=2216496
-EMULATORS_PANIC = re.compile(
-    r"(?s)panic - not syncing: IO-APIC \+ timer doesn't work!|int3: 0000 .*panic - not syncing"
-)
+EMULATORS_PANIC = re.compile(r"(?s)not syncing: IO-APIC \+ timer doesn't work!|int3: 0000 .*not syncing")
 
 # What the shell becomes: it answers "Q NUMBER COMMAND" with "A NUMBER OUTPUT", both as base64.
 ANSWER = (
