@@ -231,7 +231,7 @@ class MarketplaceCase(MachineCase):
             test.assertRegex(image.read(NETPLAN), "driver: .*\n *macaddress: ")
             self.look_at_image(image)
             self.enabled.remove("walinuxagent.service")
-            files = re.findall(r"(?m)^scp (.*) azureuser@builder:$", readme_block("scp"))
+            files = re.findall(r"(?m)^scp (.*) azureuser@\$ip:$", readme_block("scp"))
             key = self.lab.path("builder")
             with open(key + ".pub", encoding="utf-8") as file:
                 self.traces |= {file.read().split()[1], MARKETPLACE_USER}
