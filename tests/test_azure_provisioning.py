@@ -302,8 +302,8 @@ class KeepTryingTest(Case):
                 def connect(*_: object, there: float = there, error: int = error) -> None:
                     raise OSError(error if self.clock.monotonic() < there else errno.ECONNREFUSED, "no")
 
-                with mock.patch.object(socket.socket, "connect", connect):
-                    self.assertEqual(azure_provisioning.main(["hostname"]), 1)
+                with mock.patch.object(socket.socket, "connect", connect), mock.patch("sys.argv", ["", "hostname"]):
+                    self.assertEqual(azure_provisioning.main(), 1)
                 self.assertRegex(self.lines[-1], r"; gave up after (120|6[12]\d(\.\d)?|1200) s$")
                 self.assertIn(f"; trying again, for {total} s at most", self.lines[0])
 
