@@ -311,6 +311,13 @@ class TroubleTest(SandboxCase):
         self.assertIn("unreachable; trying again", result.stderr)
         self.check_ready(result)
 
+    def test_an_interface_may_have_any_name(self) -> None:
+        network = "ip link add bü0 type veth peer name y; ip link set bü0 up; ip link set y up; "
+        network += "ip addr add 10.0.0.4/24 dev bü0; ip route add default via 10.0.0.1 dev bü0; "
+        result = self.vm_command("sh", "-c", network + '"$@"', "sh", *PROGRAM)
+        self.assertEqual(result.status, 0, result)
+        self.check_ready(result)
+
     def test_packets_that_vanish_are_one_attempt_of_bounded_length(self) -> None:
         result = self.vm_command(
             "sh",
