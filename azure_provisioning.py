@@ -972,22 +972,13 @@ def allow_sudo(user: "pwd.struct_passwd") -> None:
 
 
 def open_sshd(user: "pwd.struct_passwd", passwords_disabled: bool) -> None:
-    """Have sshd, if there is one, let user in, and take keys only if passwords are disabled.
-
-    Raises ProvisioningError, and leaves sshd as it was, if it would not.
-    """
+    """Have sshd, if there is one, let user in, and take keys only if passwords are disabled. Raises ProvisioningError."""
     if not os.path.exists(SSHD):
         return
-    # OpenSSH 8.2 and later have drop-ins.
-    refuse_passwords = passwords_disabled and os.path.isdir(os.path.dirname(SSHD_DROP_IN))
+    refuse_passwords = passwords_disabled and os.path.isdir(os.path.dirname(SSHD_DROP_IN))  # OpenSSH 8.2 and later
     if refuse_passwords:
         replace_file(SSHD_DROP_IN, "".join(f"{setting} no\n" for setting in PASSWORDS), 0o600)
-    try:
-        check_sshd(user, passwords_disabled)
-    except ProvisioningError:
-        with contextlib.suppress(OSError):
-            os.unlink(SSHD_DROP_IN)
-        raise
+    check_sshd(user, passwords_disabled)
     if refuse_passwords:
         # As patterns: what does not match a unit that is loaded is no error.
         run("systemctl", "try-reload-or-restart", "[s]sh.service", "[s]shd.service")
@@ -1007,6 +998,8 @@ def check_sshd(user: "pwd.struct_passwd", passwords_disabled: bool) -> None:
         settings = run(SSHD, "-T", "-C", f"user={name},{here}")
     except ProvisioningError as error:
         if re.search(r"( line [0-9]+: |bad configuration|cannot be satisfied).*\Z", str(error)):  # is what it ends with
+            with contextlib.suppress(OSError):
+                os.unlink(SSHD_DROP_IN)  # it may be to blame, and sshd would not start any more
             raise
         # It wants a directory and keys that may come later in the boot.
         log(INFO, f"{error}; whether it lets {name} in is for its configuration to say")
