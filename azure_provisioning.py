@@ -972,7 +972,7 @@ def allow_sudo(user: "pwd.struct_passwd") -> None:
 
 
 def open_sshd(user: "pwd.struct_passwd", passwords_disabled: bool) -> None:
-    """Have sshd, if there is one, let user in, and take keys only if passwords are disabled. Raises ProvisioningError."""
+    """Have sshd, if there is one, let user in, by keys only if passwords are disabled. Raises ProvisioningError."""
     if not os.path.exists(SSHD):
         return
     refuse_passwords = passwords_disabled and os.path.isdir(os.path.dirname(SSHD_DROP_IN))  # OpenSSH 8.2 and later
