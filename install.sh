@@ -574,22 +574,22 @@ look_in() {
 
 # mounted_below: print what is mounted below the directory that we are in.
 mounted_below() {
-    cut -d ' ' -f 5 /proc/self/mountinfo | while read -r point; do
-        case $point in *\\*) point=$(printf %b "$point") ;; esac # a space is \040
-        case $point in "$PWD"/*) echo "$point" ;; esac
+    cut -d ' ' -f 5 /proc/self/mountinfo | sed 's/\\/\\0/g' | while IFS= read -r point; do
+        case $point in *\\*) point=$(printf %b "$point") ;; esac # a space is \040 there, and \0040 to printf
+        case $point in "$PWD"/*) printf '%s\n' "$point" ;; esac
     done
 }
 
 # check_mounts DIR TEST: before DIR is emptied, nothing may be mounted in it that fits TEST.
 check_mounts() {
     if [ -z "$changing" ] && enter "$1"; then
-        found=$(mounted_below | while read -r point; do ! "$2" "$point" || echo "$point"; done)
+        found=$(mounted_below | while IFS= read -r point; do ! "$2" "$point" || printf '%s\n' "$point"; done)
         [ -z "$found" ] || refuse "$found is mounted in $1, which is to be emptied: unmount it"
     fi
 }
 
-# find -xdev goes where the same file system is mounted once more.
-is_bound() { [ "$(stat -c %d "$1")" = "$(stat -c %d .)" ]; }
+# find -xdev goes where the same file system is mounted once more. What cannot be seen may be that.
+is_bound() { [ "$(stat -c %d "$1" 2>/dev/null || stat -c %d .)" = "$(stat -c %d .)" ]; }
 
 # delete DIR [TEST...]: what find finds in it.
 delete() {
@@ -778,17 +778,17 @@ remove_user() {
     say "removed the account $1${found:+, but not from rules of sudo: $found}"
 }
 
-# cloud-init gives the user's keys to root, too, with a command that tells who may log in.
+# cloud-init gives the user's keys to root, too, with a command that tells as whom to log in instead.
 take_keys_from_root() {
-    file "$home/.ssh/authorized_keys" && keys=$(grep -o 'AAAA[A-Za-z0-9+/]*' "$name") || return 0
-    if file "$roots_keys" && grep -qF -e "$keys" "$name"; then
-        put 600 "$roots_keys" lines_without "$keys" "$name"
+    told="login as the user \\\"$1\\\" rather"
+    if file "$roots_keys" && grep -aqF "$told" "$name"; then
+        put 600 "$roots_keys" lines_without "$told" "$name"
         say "took the keys of $1 out of $roots_keys"
     fi
 }
 
 lines_without() {
-    grep -vF -e "$1" "$2" || : # none is left
+    grep -avF "$1" "$2" || : # none is left
 }
 
 forget_spools() {
