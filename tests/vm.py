@@ -192,7 +192,7 @@ class Lab:
         key = (release, packages, *hooks)
         if key not in self.roots:
             root = f"{WORK}/{release}{len(self.roots)}"
-            hooks = (*hooks, "--customize-hook=: >$1/etc/resolv.conf")
+            hooks = (*hooks, "--customize-hook=[ -L $1/etc/resolv.conf ] || : >$1/etc/resolv.conf")
             # A mirror may lag behind a release that is not out yet.
             options = ("--variant=minbase", '--aptopt=Acquire::Check-Valid-Until "false"', "--include=" + packages)
             self.run("mmdebstrap", *options, *hooks, release, root)
