@@ -46,15 +46,15 @@ __version__ = "1.1.0"
 WIRESERVER = "168.63.129.16"  # https://learn.microsoft.com/azure/virtual-network/what-is-ip-address-168-63-129-16
 WIRESERVER_TIMEOUT = 1200.0  # seconds; the platform gives up on a VM after 20 to 40 minutes
 IMDS = "169.254.169.254"  # https://learn.microsoft.com/azure/virtual-machines/instance-metadata-service
-IMDS_TIMEOUT = 120.0  # seconds with a network; Ready waits for it, so it is a small part of the other
-IMDS_TIMEOUT_FOR_USER = 300.0  # without its user the VM is useless, so this is as long as others wait
+IMDS_TIMEOUT = 120.0  # seconds with a network; Ready waits for it, so it is a small part of WIRESERVER_TIMEOUT
+IMDS_TIMEOUT_FOR_USER = 300.0  # without its user the VM is useless, so this is as long as cloud-init waits
 
 REQUEST_LIMIT = 10.0  # seconds for one request and its answer, whatever the peer does
 FIRST_PAUSE = 0.25  # seconds between the starts of two attempts, then twice that, and so on
 LONGEST_PAUSE = 5.0
 LONGEST_RETRY_AFTER = 30.0
 LAST_ATTEMPT = 1.0  # seconds that are left for it at the end of a timeout
-TELL_AGAIN = 60.0  # seconds after which a failure is told once more that has not changed
+TELL_AGAIN = 60.0  # seconds after which a failure that has not changed is told once more
 
 
 class ProvisioningError(Exception):
@@ -115,7 +115,7 @@ def keep_trying(attempt: "Callable[[float], Result]", timeout: float, network_ti
         except ProvisioningError as error:
             failure = error
         now = time.monotonic()
-        if failure.offline:
+        if failure.offline:  # no network yet: the timeout begins anew
             end = min(now + timeout, end_without_network)
         latest = end - LAST_ATTEMPT
         if now >= latest:
@@ -288,7 +288,7 @@ def join_chunks(data: bytes) -> "Optional[bytes]":
             return b"".join(body) if data.find(b"\r\n\r\n", end) >= 0 else None
         start, position = end + 2, end + 2 + length
         after = data[position : position + 2]
-        if not b"\r\n".startswith(after):
+        if not b"\r\n".startswith(after):  # as much of it as is here
             raise ValueError("a chunk is longer than it says")
         if len(after) < 2:
             return None
@@ -397,8 +397,8 @@ INSTANCE = "/metadata/instance?api-version=2021-08-01&extended=true"
 OLD_NAME = "/metadata/instance/compute/name?api-version=2019-06-01&format=text"  # as the documentation's sample asks
 OLD_IMDS_AFTER = 10.0  # seconds in which nothing but 400 came back: this IMDS does not know INSTANCE (Azure Stack Hub)
 
-# What is for the step user alone is as it came, for that step to judge; admin_username is None if it is not known.
-# ignored is what was given to the VM and is nothing for us.
+# admin_username and public_keys are as they came, for the step user to judge; the former is None where IMDS is too old
+# to tell. ignored is what was given to the VM and is nothing for us.
 Instance = collections.namedtuple("Instance", "name admin_username public_keys passwords_disabled ignored")
 
 
@@ -429,6 +429,7 @@ def fetch_instance(address: str, timeout: float, network_timeout: float = 0.0) -
             refused_since = refused_since or time.monotonic()
             if time.monotonic() - refused_since < OLD_IMDS_AFTER:
                 raise
+        # Nothing but 400 for so long.
         return ask(deadline, OLD_NAME, parse_old_name)
 
     return keep_trying(attempt, timeout, network_timeout)
@@ -446,11 +447,11 @@ def parse_instance(text: str) -> Instance:
         compute = document["compute"]
         os_profile = compute.get("osProfile") or {}
         resource_name = compute["name"].strip()
-        if not resource_name:
-            raise ValueError("it lacks the VM's name, and so maybe more")
         name = (os_profile.get("computerName") or "").strip() or resource_name
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"not an instance document: {type(error).__name__} {error!s:.100}") from error
+    if not resource_name:
+        raise ValueError("an instance document without the name of the VM resource, and so not a whole one")
     without_user_data = re.sub(r'("userData"\s*:\s*")[^"]*', r"\1...", text)
     log(DEBUG, f"IMDS has the document {without_user_data:.3000}")
     ignored = []
@@ -590,7 +591,7 @@ def host_name_is(name: str) -> bool:
     """Whether the kernel and ETC_HOSTNAME both have name."""
     try:
         return os.uname().nodename == name and read_file(ETC_HOSTNAME).strip() == name
-    except ProvisioningError:  # which it will be again when the name is written
+    except ProvisioningError:  # to write it will fail, too, and tell
         return False
 
 
@@ -600,7 +601,7 @@ def set_host_name(name: str) -> None:
     # is spared: to start it takes 60 ms even from a warm disk.
     with contextlib.suppress(ProvisioningError):
         run("nmcli", "general", "hostname", name)
-    if not host_name_is(name):
+    if not host_name_is(name):  # nmcli is not there, or did not do all of it
         replace_file(ETC_HOSTNAME, name + "\n")
         try:
             socket.sethostname(name)
@@ -668,7 +669,7 @@ CLIENTS = (
     Client(
         "systemctl --no-pager --full status", r"(?m)\bdhclient .* {}$", ("systemctl restart networking.service",), ""
     ),
-    # The last, for asked where it does not run it logs an error.
+    # Keep this the last: where dhcpcd does not run, to ask it logs an error.
     Client("dhcpcd --dumplease {}", "ip_address=", ("dhcpcd --renew {}",), "/var/lib/dhcpcd/{}.lease"),
 )
 
@@ -753,8 +754,8 @@ def publish_host_name(name: str, dry_run: bool = False) -> None:
             else:
                 log(INFO, f"published {name} by {command}, after {time.monotonic() - started:.1f} s")
             return
-        trouble = f"{interface} has no address or no default route after {trouble or command}"
-        log(ERROR if is_last else WARNING, f"{trouble}; {advice if is_last else 'trying again'}")
+        gone = f"{interface} has no address or no default route after {trouble or command}"
+        log(ERROR if is_last else WARNING, f"{gone}; {advice if is_last else 'trying again'}")
 
 
 # The user that the VM was created with.
@@ -783,7 +784,9 @@ KEY_FIELDS = {
     "sk-ssh-ed25519@openssh.com": 3,
     "sk-ecdsa-sha2-nistp256@openssh.com": 4,
 }
-KEY = r"((?:.*?\s)?)({})\s+(\S+)(?:\s+(.*))?\Z".format("|".join(map(re.escape, KEY_FIELDS)))  # options come first
+# A line: perhaps options, then the kind, the base64, and perhaps a comment.
+OPTION = r'[A-Za-z0-9-]+(?:="(?:[^"\\]|\\.)*")?'
+KEY = r"((?:{0}(?:,{0})*\s+)?)({1})\s+(\S+)(?:\s+(.*))?\Z".format(OPTION, "|".join(map(re.escape, KEY_FIELDS)))
 
 
 def is_key(kind: str, encoded: str) -> bool:
@@ -814,7 +817,7 @@ def parse_keys(text: str) -> "Tuple[Dict[str, str], List[str]]":
     text = re.sub(r"(?s)-----BEGIN ([A-Z0-9 ]+)-----.*?(?:-----END \1-----|\Z)", r"\n(\1)\n", text)
     for part in text.splitlines():
         line = "".join(char if char.isprintable() else " " for char in part).strip()
-        if begun and line.partition(" ")[0] in KEY_FIELDS:
+        if begun and re.match(KEY, line):
             rest.append(begun)
             begun = ""
         begun += line
@@ -822,7 +825,7 @@ def parse_keys(text: str) -> "Tuple[Dict[str, str], List[str]]":
         if found and is_key(found.group(2), found.group(3)):
             keys.setdefault(found.group(3), " ".join(word.strip() for word in found.groups() if word))
             begun = ""
-        elif begun and (not found or found.group(4)):  # a line that ends with its base64 may go on in the next
+        elif begun and (not found or found.group(4)):  # without a comment, its base64 may go on in the next line
             rest.append(begun)
             begun = ""
     return keys, [*rest, begun] if begun else rest
@@ -868,7 +871,7 @@ def find_user(name: str) -> "Optional[pwd.struct_passwd]":
 def unlock_user_database() -> None:
     """Remove the locks that a power cut left: useradd would wait for their owners, and then fail.
 
-    All tools that take them hold lckpwdf(3)'s lock meanwhile, so that no lock is anybody's while we have that one.
+    All tools that take them hold lckpwdf(3)'s lock meanwhile: while we have that one, all others are stale.
     """
     import fcntl
 
@@ -908,7 +911,7 @@ def make_user(name: str, groups: "Sequence[str]") -> None:
     shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
     mark = UNFINISHED if os.path.lexists(home) else UNFINISHED_HOME
     options = ["--no-log-init", "--create-home", "--home-dir", home, "--shell", shell, "--groups", ",".join(groups)]
-    # Without UsePAM, sshd keeps out whose password is locked by "!". And what is no password cannot be too old.
+    # "*", for without UsePAM sshd keeps out whose password is locked by "!". And no password cannot be too old.
     options += ["--password", "*", "--key", "PASS_MAX_DAYS=-1"]
     with contextlib.suppress(KeyError):
         grp.getgrnam(name)  # of a package, say: useradd would refuse to make its own
@@ -981,7 +984,7 @@ def open_sshd(user: "pwd.struct_passwd", passwords_disabled: bool) -> None:
     check_sshd(user, passwords_disabled)
     if refuse_passwords:
         # As patterns: what does not match a unit that is loaded is no error.
-        run("systemctl", "try-reload-or-restart", "[s]sh.service", "[s]shd.service")
+        run("systemctl", "--no-block", "try-reload-or-restart", "[s]sh.service", "[s]shd.service")
 
 
 def check_sshd(user: "pwd.struct_passwd", passwords_disabled: bool) -> None:
@@ -997,7 +1000,7 @@ def check_sshd(user: "pwd.struct_passwd", passwords_disabled: bool) -> None:
         here = "host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22"
         settings = run(SSHD, "-T", "-C", f"user={name},{here}")
     except ProvisioningError as error:
-        if re.search(r"( line [0-9]+: |bad configuration|cannot be satisfied).*\Z", str(error)):  # is what it ends with
+        if re.search(r"( line [0-9]+: |bad configuration|cannot be satisfied).*\Z", str(error)):  # as its last words
             with contextlib.suppress(OSError):
                 os.unlink(SSHD_DROP_IN)  # it may be to blame, and sshd would not start any more
             raise
@@ -1010,7 +1013,7 @@ def check_sshd(user: "pwd.struct_passwd", passwords_disabled: bool) -> None:
 
     def fits(setting: str, names: "List[str]") -> bool:
         patterns = values(setting)
-        if setting.startswith("allow"):  # from some host is enough
+        if setting.startswith("allow"):  # name@host: one host is enough
             patterns = [pattern.partition("@")[0] for pattern in patterns]
         return any(fnmatch.fnmatchcase(one, pattern) for one in names for pattern in patterns)
 
@@ -1119,14 +1122,15 @@ def provision(options: Options) -> "List[str]":
     """
     failed: List[str] = []
     instance: Optional[Instance] = None
-    no_instance: Optional[ProvisioningError] = None
+    no_instance: Optional[Exception] = None
     if set(options.steps) != {"ready"}:
         timeout = options.imds_timeout or (IMDS_TIMEOUT_FOR_USER if "user" in options.steps else IMDS_TIMEOUT)
         try:
+            # Without a network it is waited for no longer than the WireServer.
             instance = fetch_instance(options.imds, timeout, options.wireserver_timeout - timeout)
             for what in instance.ignored:
                 log(WARNING, f"the VM was created with {what}, which nothing here reads")
-        except ProvisioningError as error:
+        except Exception as error:
             no_instance = error
     for name, step in STEPS.items():
         if name in options.steps:
@@ -1134,11 +1138,12 @@ def provision(options: Options) -> "List[str]":
                 if no_instance and name != "ready":
                     raise no_instance
                 step(options, instance)
-            except ProvisioningError as error:
-                log(ERROR, f"{name} failed: {error}")
+            except Exception as error:  # no bug of ours is to keep Azure from hearing of the VM, either
+                told = f"{name} failed: {error if isinstance(error, ProvisioningError) else repr(error)}"
+                log(ERROR, told)
                 failed.append(name)
                 if name == "user":
-                    options.fail = f"user failed: {error}"
+                    options.fail = told
     return failed
 
 

@@ -981,8 +981,11 @@ class KeysTest(Case):
         self.assertTrue(all(encoded.startswith("AAAA") and encoded in line.split() for encoded, line in keys.items()))
 
     def test_every_kind_of_key_is_one_with_options_before_it_and_a_comment_after(self) -> None:
+        quoted = 'command="echo ssh-rsa \\"x y\\""'
         for one in KEYS:
             self.check(one, one)
+            self.check(f"{quoted} {one}", f"{quoted} {one}")
+            self.check(f"# {one}\n{one} alice\nKey: {one}\na b {one}", f"{one} alice", left_out=3)
             self.check(f"{one} alice@laptop (work)  2 \r\n", f"{one} alice@laptop (work)  2")
             self.check(f"{one} a\0b\x1b[2J\tc", f"{one} a b [2J c")  # nothing but text
             for options in ('from="10.0.0.0/8"', 'command="echo  a b",no-pty', 'environment="A=ssh-rsa B"', "restrict"):
@@ -1008,6 +1011,7 @@ class KeysTest(Case):
             with self.subTest(wrong[:70]):
                 self.check(wrong, left_out=1)
                 self.check(f"{ED25519} a\n{wrong}\n{RSA}\n", ED25519 + " a", RSA, left_out=1)
+        self.check(f'{RSA[:60]}\nfrom="::1" {ED25519}', 'from="::1" ' + ED25519, left_out=1)
         self.check(f"{RSA}\n-----BEGIN RSA PRIVATE KEY-----\nMII\nMII\n", RSA, left_out=1)  # which ends nowhere
 
     def test_much_of_nothing_takes_no_time(self) -> None:
@@ -1209,7 +1213,7 @@ class UserTest(Case):
         for raw, disabled in (("false", False), ("", False), (False, False), ("true", True), (True, True)):
             self.sshd("", raw)
             self.assertEqual(self.written.get(self.drop_in), ("", self.NO_PASSWORDS, 0o600) if disabled else None)
-            reload = "systemctl try-reload-or-restart [s]sh.service [s]shd.service"
+            reload = "systemctl --no-block try-reload-or-restart [s]sh.service [s]shd.service"
             asked = self.directory + "/sshd -T -C user=alice,host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22"
             self.assertEqual(self.ran[-2:] if disabled else self.ran[-1:], [asked] + [reload] * disabled)
         self.failing = "systemctl"
@@ -1295,6 +1299,10 @@ class UserTest(Case):
             self.assertEqual([tuple(map(r.get, ("state", "substatus", "description"))) for r in azure.accepted], report)
             self.assertEqual(self.warnings(ERROR), errors)
             self.users.pop("alice", None)
+        self.replace(allow_sudo=mock.Mock(side_effect=KeyError), update_hosts=mock.Mock(side_effect=TypeError))
+        azure = self.user("hostname", "user", "ready", status=1, told=failed)
+        self.assertEqual(self.warnings(ERROR)[:2], ["hostname failed: TypeError()", "user failed: KeyError()"])
+        self.assertEqual(azure.accepted[0]["description"], "user failed: KeyError()")
         unknown = "Azure got no report, and will declare this VM failed" + next_boot
         dry = "would report to .*<State>NotReady</State>.*user failed: the user root is.*"
         self.user("-n", "user", "ready", admin_username="root", status=1, told=dry)
