@@ -93,6 +93,7 @@ generalize() {
     see_what_opens
     forget # nothing yet, but object where that will not be possible
     if [ -n "$check" ]; then
+        [ -z "$removed" ] || say "would remove the accounts$removed, and their keys from root's"
         tell_what_is_left
         stop_if_refused
         return
@@ -510,9 +511,9 @@ relabel() {
     file /etc/selinux/config && grep -Eq '^SELINUX=(enforcing|permissive)' "$name" || return 0
     if running && command -v restorecon >/dev/null; then
         restorecon -R -i "$units" /usr/local/sbin /etc/hostname /etc/machine-id /etc/netplan /etc/sudoers.d \
-            /etc/passwd /etc/shadow /etc/group /etc/gshadow /etc/subuid /etc/subgid
+            /etc/passwd /etc/shadow /etc/group /etc/gshadow /etc/subuid /etc/subgid "$roots_keys"
     else
-        warn "SELinux is on in ${root:-/}, and what was written has no labels of its policy: run restorecon -R /etc /usr/local there, or make /.autorelabel"
+        warn "SELinux is on in ${root:-/}, and what was written has no labels of its policy: run restorecon -R /etc /usr/local /root there, or make /.autorelabel"
     fi
 }
 
@@ -755,8 +756,9 @@ check_removal() {
         if ! find_account "$account" || [ "$uid" = 0 ]; then
             refuse "no account $account in ${root:-/} that could be removed"
         else
-            check_mounts "$home" true
+            ! is_home_alone "$account" || check_mounts "$home" true
             forget_spools "$account"
+            check_writable "$roots_keys"
         fi
     done
     [ -z "$removed" ] || command -v userdel >/dev/null || refuse 'this machine has no userdel'
@@ -788,7 +790,7 @@ take_keys_from_root() {
 }
 
 lines_without() {
-    grep -avF "$1" "$2" || : # none is left
+    grep -avF "$1" "$2" || [ $? = 1 ] # none is left
 }
 
 forget_spools() {
@@ -1026,7 +1028,7 @@ check_network_comes_up() {
 # A disk that is not there means emergency mode, without a network, unless its line has nofail.
 check_fstab() {
     file /etc/fstab || return 0
-    os=$(sed -n 's|^[[:space:]]*\([^#[:space:]]*\)[[:space:]][[:space:]]*/[[:space:]].*|\1|p' "$name")
+    os=$(sed -n 's|^[[:space:]]*\([^#[:space:]][^[:space:]]*\)[[:space:]][[:space:]]*/[[:space:]].*|\1|p' "$name" | tail -n 1)
     while read -r device where type options _ || [ -n "$device" ]; do
         case $device,$options, in
             /dev/disk/azure/root* | /dev/disk/azure/os*) ;; # every VM has this one

@@ -825,6 +825,7 @@ class NoImageTest(GeneralizeCase):
             ("UUID=a / btrfs defaults 0 0\nUUID=a /srv btrfs subvol=@/srv 0 0", False),
             ("UUID=a /srv btrfs subvol=@/srv 0 0\n UUID=a\t/ btrfs defaults 0 0", False),
             ("UUID=a /srv btrfs subvol=@/srv 0 0\n#UUID=a / btrfs defaults 0 0", True),
+            ("LABEL=a#1 / btrfs defaults 0 0\nLABEL=a#1 / btrfs defaults 0 0\nLABEL=a#1 /srv btrfs subvol=s", False),
             ("/dev/sdc1 /srv ext4 defaults 0 2", True),
             ("LABEL=data /mnt/data ext4 defaults,nofail 0 2", False),
             ("PARTUUID=1-2 /boot/efi vfat umask=0077 0 1", False),
@@ -931,6 +932,26 @@ class RemoveUserTest(GeneralizeCase):
                 opens = "authorized keys of: root" in said
                 self.assertEqual((took, opens), (text != left, left != ""), said)
                 self.assertEqual(self.tree()["root/.ssh/authorized_keys"][:2], (0o100600, left))
+
+    def test_a_check_names_the_accounts(self) -> None:
+        done = self.install("--generalize", "--check", "--remove-user", "azureuser", "--remove-user", "alice")
+        self.assertIn("would remove the accounts azureuser alice, and their keys from root's\n", done.stdout)
+
+    def test_keys_of_root_that_cannot_be_written_are_refused_before_anything_is_changed(self) -> None:
+        self.write("root/.ssh/authorized_keys", "ssh-ed25519 AAAAC3z admin\n")
+        path = f"'{self.root}/root/.ssh/authorized_keys'"
+        self.check_refused(
+            "/root/.ssh/authorized_keys cannot be written in .*: run chattr -i for it",
+            *("--generalize", "--remove-user", "azureuser"),
+            first=f"mount --bind {path} {path}; mount -o remount,bind,ro {path}",
+        )
+
+    def test_what_is_mounted_in_a_home_that_is_left_is_no_obstacle(self) -> None:
+        self.write("etc/passwd", str(self.tree()["etc/passwd"][1]).replace("/home/azureuser", "/"))
+        done = self.install(
+            *("--generalize", "--remove-user", "azureuser"), first=f"mount -t tmpfs tmpfs '{self.root}/srv'"
+        )
+        self.assertIn("left the home /\n", done.stdout)
 
     def test_more_than_one_account(self) -> None:
         self.check_generalized("--remove-user", "azureuser", "--remove-user", "alice")
