@@ -182,7 +182,7 @@ class KeepTryingTest(Case):
     def check_ready(self, script: Sequence[Any], asked: str) -> None:
         """Check that Ready is reported by requests with the methods asked."""
         azure = self.provision("--timeout", "120", "ready", wireserver=script)
-        self.assertEqual(azure.accepted[-1]["state"], "Ready")
+        self.assertEqual((azure.accepted[-1]["state"], self.lines[-1].split(" to ")[0]), ("Ready", "reported Ready"))
         self.assertEqual(" ".join(request["method"] for request in azure.requests), asked)
 
     def test_ready_is_reported_after_any_trouble_with_the_goal_state(self) -> None:
@@ -877,7 +877,7 @@ class PublishTest(Case):
             run=self.run_in_time,
             default_interface=lambda: self.interface,
             is_connected=lambda interface: bool(self.address and self.interface == interface == "eth7"),
-            modified=lambda path: self.written if path else 0,
+            modified=lambda path: self.written if path == "/var/lib/dhcpcd/eth7.lease" else 0,
         )
 
     def run_in_time(self, *command: str, limit: float) -> str:
@@ -1328,7 +1328,7 @@ class MainTest(Case):
             self.assertRegex(" ".join(self.lines), shown)
 
     def test_addresses_may_be_names_and_wrong_usage_ends_with_status_2(self) -> None:
-        for text in ("localhost", "localhost:8016", "127.0.0.1", "web-01.example.com:1"):
+        for text in ("localhost", "localhost:65535", "127.0.0.1", "web-01.example.com:1"):
             self.assertEqual(azure_provisioning.parse_arguments(["--imds", text]).imds, text)
         self.assertEqual(azure_provisioning.main(["--wireserver", "a..b", "--timeout", "0.2", "ready"]), 1)
         self.assertEqual([("a..b" in line) for line in self.lines], [True, False])
