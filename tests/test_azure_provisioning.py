@@ -182,7 +182,7 @@ class KeepTryingTest(Case):
     def check_ready(self, script: Sequence[Any], asked: str) -> None:
         """Check that Ready is reported by requests with the methods asked."""
         azure = self.provision("--timeout", "120", "ready", wireserver=script)
-        self.assertEqual(azure.accepted[-1]["state"], "Ready")
+        self.assertEqual((azure.accepted[-1]["state"], self.lines[-1].split(" to ")[0]), ("Ready", "reported Ready"))
         self.assertEqual(" ".join(request["method"] for request in azure.requests), asked)
 
     def test_ready_is_reported_after_any_trouble_with_the_goal_state(self) -> None:
@@ -634,11 +634,12 @@ class HostNameTest(Case):
     """Any answer becomes a host name, or an error that is final; the line of 127.0.1.1 follows."""
 
     def test_names(self) -> None:
-        letters = {"web_01": "web-01", "set_0": "set-0", "web\n01\x00": "web-01", "WEB.example.com": "WEB.example.com"}
+        whole = {"WEB.example.com": "WEB.example.com", "a" * 62 + ".b": "a" * 62 + ".b"}
+        letters = {"web_01": "web-01", "set_0": "set-0", "web\n01\x00": "web-01"}
         others = {"web 01; rm -rf /": "web-01--rm--rf", "$(reboot)": "reboot", "m\u00fcnchen": "m-nchen"}
         ends = {"web-01": "web-01", "-web-": "web", ".web.": "web", "web..01": "web.01", "web.-01-.x": "web.01.x"}
         long = {"a" * 65: "a" * 63, "a" * 62 + "-b": "a" * 62, "a" * 63 + "--": "a" * 63, "a" * 63 + ".b": "a" * 63}
-        for raw, name in {**letters, **others, **ends, **long}.items():
+        for raw, name in {**whole, **letters, **others, **ends, **long}.items():
             self.assertEqual(azure_provisioning.valid_host_name(raw), name)
 
     def test_every_result_is_valid_and_stays_as_it_is(self) -> None:
@@ -736,12 +737,14 @@ class MachineTest(Case):
 
     def test_a_file_is_replaced_with_its_label_and_mode_and_for_good_or_not_at_all(self) -> None:
         self.addCleanup(os.umask, os.umask(0o077))
+        os.symlink("file", self.directory + "/link")
         azure_provisioning.replace_file(self.path, "old text")
+        os.mkfifo(self.path + ".azure-provisioning")  # a power cut left it
         kept, restored, sizes = mock.Mock(), mock.Mock(), []
         self.replace(restore_label=restored)
         self.replace(os, getxattr=lambda path, name: f"label of {path}".encode(), setxattr=kept)
         self.replace(os, fsync=lambda descriptor: sizes.append(os.fstat(descriptor).st_size))
-        azure_provisioning.replace_file(self.path, "n\udcffw", 0o640)
+        azure_provisioning.replace_file(self.directory + "/link", "n\udcffw", 0o640)
         kept.assert_called_once_with(mock.ANY, "security.selinux", f"label of {self.path}".encode())
         self.assertEqual((restored.mock_calls, len(sizes), sizes[0]), ([], 2, 3))
         self.check_mode(self.path, 0o640)
@@ -755,7 +758,7 @@ class MachineTest(Case):
         with self.assertRaisesRegex(ProvisioningError, f"^write {self.path}: no$"):
             azure_provisioning.replace_file(self.path, "new")
         self.assertEqual(azure_provisioning.read_file(self.path), "n\udcffw")
-        self.assertEqual(sorted(os.listdir(self.directory)), ["file", "new"])
+        self.assertEqual(sorted(os.listdir(self.directory)), ["file", "link", "new"])
 
     def test_what_is_no_file_is_not_replaced(self) -> None:
         os.mkfifo(self.directory + "/fifo")
@@ -874,7 +877,7 @@ class PublishTest(Case):
             run=self.run_in_time,
             default_interface=lambda: self.interface,
             is_connected=lambda interface: bool(self.address and self.interface == interface == "eth7"),
-            modified=lambda path: self.written if path else 0,
+            modified=lambda path: self.written if path == "/var/lib/dhcpcd/eth7.lease" else 0,
         )
 
     def run_in_time(self, *command: str, limit: float) -> str:
@@ -1325,7 +1328,7 @@ class MainTest(Case):
             self.assertRegex(" ".join(self.lines), shown)
 
     def test_addresses_may_be_names_and_wrong_usage_ends_with_status_2(self) -> None:
-        for text in ("localhost", "localhost:8016", "127.0.0.1", "web-01.example.com:1"):
+        for text in ("localhost", "localhost:65535", "127.0.0.1", "web-01.example.com:1"):
             self.assertEqual(azure_provisioning.parse_arguments(["--imds", text]).imds, text)
         self.assertEqual(azure_provisioning.main(["--wireserver", "a..b", "--timeout", "0.2", "ready"]), 1)
         self.assertEqual([("a..b" in line) for line in self.lines], [True, False])
