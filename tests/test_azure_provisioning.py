@@ -6,6 +6,7 @@ What changes a machine is not called here but in test_sandbox.py.
 import base64
 import contextlib
 import errno
+import fcntl
 import grp
 import io
 import itertools
@@ -846,8 +847,9 @@ class MachineTest(Case):
         locks = [name + ".lock" for name in ("passwd", "shadow", "group", "gshadow", "subuid", "subgid")]
         for name in (*locks, "passwd"):
             azure_provisioning.replace_file(f"{self.directory}/{name}", "")
-        with mock.patch("fcntl.lockf", side_effect=BlockingIOError("busy")):
+        with mock.patch("fcntl.lockf", side_effect=BlockingIOError("busy")) as lock:
             azure_provisioning.unlock_user_database()
+        lock.assert_called_once_with(mock.ANY, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.assertEqual(set(os.listdir(self.directory)), {*locks, "passwd", ".pwd.lock"})
         self.assertEqual(len(self.lines), 1)
         for _ in range(2):
@@ -1201,6 +1203,13 @@ class UserTest(Case):
             self.assertIn("carol", self.users)
             self.user()  # what was undone is not undone again
             self.assertNotIn("userdel", "".join(self.ran))
+
+    def test_sshd_reads_our_drop_in_before_those_that_others_usually_write(self) -> None:
+        directory, name = os.path.split(self.defaults)
+        self.assertEqual(directory, "/etc/ssh/sshd_config.d")
+        self.assertLess(name, "50-cloud-init.conf")
+
+    defaults = azure_provisioning.SSHD_DROP_IN
 
     NO_PASSWORDS = "PasswordAuthentication no\nKbdInteractiveAuthentication no\nChallengeResponseAuthentication no\n"
 
