@@ -89,6 +89,7 @@ generalize() {
     check_network_comes_up
     check_netplan
     check_fstab
+    [ -r /proc/self/mountinfo ] || refuse '/proc is not mounted here, which tells what is mounted in what will be emptied'
     check_removal
     see_what_opens
     forget # nothing yet, but object where that will not be possible
@@ -771,7 +772,9 @@ remove_user() {
     remove_home "$1"
     forget_spools "$1"
     rules_for "$1" | while read -r rules; do
-        put 440 "$rules" sed -E "/$(rule_of "$1")/{:a;/\\\\$/{N;ba};d};/^# User rules for $1\$/d" "./${rules##*/}"
+        # A rule goes on in the next line after a backslash.
+        put 440 "$rules" sed -E -e "/$(rule_of "$1")/{" -e ':a' -e '/\\$/{' -e 'N' -e 'ba' -e '}' -e 'd' -e '}' \
+            -e "/^# User rules for $1\$/d" "./${rules##*/}"
         grep -q '^[[:space:]]*[^#[:space:]]' "$name" || rm "$name"
     done
     remove_from_lists "$1"

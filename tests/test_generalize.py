@@ -426,7 +426,7 @@ class OutsideTest(GeneralizeCase):
 
     def test_what_is_bound_into_a_directory_that_is_emptied_is_refused(self) -> None:
         self.write("srv/data/precious", "theirs\n")
-        for name in ("app", "app 1", "app\\1", "app "):
+        for name in ("app", "app 1", "app\\1", "app\\ 1", "app "):
             os.mkdir(self.path("var/log/" + name))
             self.check_refused(
                 f"/var/log/{re.escape(name)} is mounted in /var/log, which is to be emptied: unmount it",
@@ -825,6 +825,7 @@ class NoImageTest(GeneralizeCase):
             ("UUID=a / btrfs defaults 0 0\nUUID=a /srv btrfs subvol=@/srv 0 0", False),
             ("UUID=a /srv btrfs subvol=@/srv 0 0\n UUID=a\t/ btrfs defaults 0 0", False),
             ("UUID=a /srv btrfs subvol=@/srv 0 0\n#UUID=a / btrfs defaults 0 0", True),
+            ("UUID=a \t / btrfs defaults 0 0\n# / was on /dev/sda1\nUUID=a /srv btrfs subvol=@/srv 0 0", False),
             ("LABEL=a#1 / btrfs defaults 0 0\nLABEL=a#1 / btrfs defaults 0 0\nLABEL=a#1 /srv btrfs subvol=s", False),
             ("/dev/sdc1 /srv ext4 defaults 0 2", True),
             ("LABEL=data /mnt/data ext4 defaults,nofail 0 2", False),
@@ -933,6 +934,18 @@ class RemoveUserTest(GeneralizeCase):
                 self.assertEqual((took, opens), (text != left, left != ""), said)
                 self.assertEqual(self.tree()["root/.ssh/authorized_keys"][:2], (0o100600, left))
 
+    def test_what_is_no_file_in_place_of_roots_keys_is_left_alone(self) -> None:
+        told = 'command="echo \'Please login as the user \\"azureuser\\" rather than\'" ssh-ed25519 AAAAC3x\n'
+        self.write("srv/keys", told)
+        self.write("root/.ssh/x")
+        self.link(self.path("srv/keys"), "root/.ssh/authorized_keys")
+        self.assertNotIn("took the keys", self.check_generalized("--remove-user", "azureuser"))
+        self.assertEqual(self.tree()["srv/keys"][1], told)
+        self.setUp()
+        self.write("root/.ssh/x")
+        os.mkfifo(self.path("root/.ssh/authorized_keys"))
+        self.assertNotIn("took the keys", self.check_generalized("--remove-user", "azureuser"))
+
     def test_a_check_names_the_accounts(self) -> None:
         done = self.install("--generalize", "--check", "--remove-user", "azureuser", "--remove-user", "alice")
         self.assertIn("would remove the accounts azureuser alice, and their keys from root's\n", done.stdout)
@@ -995,7 +1008,7 @@ class RemoveUserTest(GeneralizeCase):
         os.mkdir(self.path("home/azureuser/mnt 1"))
         self.check_refused(
             "/mnt 1 is mounted in /home/azureuser, which is to be emptied: unmount it",
-            *("--generalize", "--remove-user", "azureuser"),
+            *("--generalize", "--remove-user", "azureuser", "--force"),
             first=f"mount -t tmpfs tmpfs '{self.root}/home/azureuser/mnt 1'",
         )
 
