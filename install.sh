@@ -204,6 +204,7 @@ name  /etc                        dhcpcd.conf         ^[[:space:]]*hostname[[:sp
 port  /etc/netplan                *.yaml              (^|[[:space:]{"'])${port}[a-z0-9]*["']?:|name:[[:space:]]*["']?$port match 'driver: hv_netvsc'
 port  /etc/NetworkManager/system-connections  *       ^[[:space:]]*interface-name$is$port     remove the line
 port  /etc/systemd/network        *.network           ^[[:space:]]*Name$is$port               match 'Driver=hv_netvsc'
+port  /etc/sysconfig/network-scripts  ifcfg-*         ^[[:space:]]*DEVICE=["']?$port          it is eth0
 port  /etc/network                interfaces          ^[[:space:]]*(auto|allow-hotplug)([[:space:]].*)?[[:space:]]$port it is eth0
 port  /etc/network/interfaces.d   *                   ^[[:space:]]*(auto|allow-hotplug)([[:space:]].*)?[[:space:]]$port it is eth0
 end

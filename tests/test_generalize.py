@@ -582,6 +582,7 @@ class NoImageTest(GeneralizeCase):
             ("etc/netplan/a.yaml", "network: {ethernets: {a: {match: {name: ens3}, dhcp4: true}}}\n"),
             ("etc/NetworkManager/system-connections/a", "[connection]\ninterface-name=enp1s0\n"),
             ("etc/network/interfaces.d/x", "allow-hotplug eno1\niface eno1 inet dhcp\n"),
+            ("etc/sysconfig/network-scripts/ifcfg-ens3", 'BOOTPROTO=dhcp\nDEVICE="ens3"\n'),
         ):
             with self.subTest(name):
                 self.write(name, text)

@@ -43,7 +43,7 @@ class ReadmeTest(unittest.TestCase):
         with open(os.path.join(sandbox.REPOSITORY, "azure-provisioning.service"), encoding="utf-8") as file:
             unit = re.findall(r"(?m)^ExecStart=.*", file.read())
         drop_in = re.findall(r"(?m)^ExecStart=.*", self.text)
-        self.assertEqual(drop_in, ["ExecStart=", unit[0] + " --timeout 300", unit[1]])
+        self.assertEqual(drop_in, ["ExecStart=", unit[0] + " --timeout 100", unit[1]])
 
     def test_its_figures_are_the_modules(self) -> None:
         module = azure_provisioning
