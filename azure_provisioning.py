@@ -159,12 +159,12 @@ def exchange(
         lines.append(f"Content-Length: {len(body)}")
     request = "".join(line + "\r\n" for line in [*lines, ""]).encode("ascii") + body
     allowed = min(deadline - time.monotonic(), REQUEST_LIMIT)
-    deadline = time.monotonic() + allowed
+    end = time.monotonic() + allowed
     answer = None
     received = b""
 
     def time_left() -> float:
-        seconds = deadline - time.monotonic()
+        seconds = end - time.monotonic()
         if seconds <= 0:
             raise socket.timeout
         return seconds
@@ -202,15 +202,16 @@ def exchange(
 
 
 def use_default_interface(connection: socket.socket, host: str) -> None:
-    """Have connection use the interface of the default route, the VM's first, if a route leads to host by another.
+    """If a route leads to host by another interface than the default route's, bind connection to that of the latter.
 
-    There nobody answers for Azure, but 168.63.129.16 is the DNS server of each: https://github.com/flatcar/init/pull/109
-    Before Linux 5.7 this takes CAP_NET_RAW. It is not done without need, for the proxy of the Metadata Security
-    Protocol has connections end on the loopback interface.
+    On others than the VM's first nobody answers for Azure, but 168.63.129.16 is the DNS server of each:
+    https://github.com/flatcar/init/pull/109. Before Linux 5.7 this takes CAP_NET_RAW. It is not done without need, for
+    the proxy of the Metadata Security Protocol has connections end on the loopback interface.
     """
     address = int.from_bytes(socket.inet_aton(host), "little")
     interface = default_interface()
-    if any(mask and address & mask == network and other != interface for other, network, mask, _ in ipv4_routes()):
+    leading = [name for name, network, mask, _ in ipv4_routes() if mask and address & mask == network]
+    if any(name != interface for name in leading):
         with contextlib.suppress(OSError):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
 
@@ -225,7 +226,9 @@ def ipv4_routes() -> "List[Tuple[str, int, int, int]]":
     rows = []
     with contextlib.suppress(OSError), open("/proc/self/net/route", encoding="ascii", errors="replace") as file:
         rows = [line.split() for line in file][1:]
-    return [(row[0], int(row[1], 16), int(row[7], 16), int(row[6])) for row in rows]
+    return [
+        (name, int(network, 16), int(mask, 16), int(metric)) for name, network, _, _, _, _, metric, mask, *_ in rows
+    ]
 
 
 def parse_answer(received: bytes, ended: bool) -> "Optional[Tuple[int, str, float, bytes]]":
@@ -329,7 +332,7 @@ GoalState = collections.namedtuple("GoalState", "incarnation container_id instan
 def parse_goal_state(text: str) -> GoalState:
     """Return what identifies this VM. Raises ValueError if text is no goal state, or one without all of that."""
     path: List[str] = []
-    texts: Dict[Tuple[str, ...], str] = {}  # the first of each element, and of what is deeper than any path below
+    texts: Dict[Tuple[str, ...], str] = {}  # the first of each; paths are cut below the longest that is wanted
 
     def refuse(*_: object) -> None:
         raise ValueError("it has a DOCTYPE, and so entities, which can multiply")
