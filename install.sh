@@ -32,6 +32,8 @@ wants=$units/multi-user.target.wants
 preset=/etc/systemd/system-preset/00-azure-provisioning.preset
 user_dropin=$units/$unit.d/10-user.conf
 roots_keys=/root/.ssh/authorized_keys
+# What userdel changes. An account is what passwd has, so that comes last.
+lists='/etc/shadow /etc/group /etc/gshadow /etc/subuid /etc/subgid /etc/passwd'
 again=/run/azure-provisioning/install.sh
 # Where systemd looks for units, the first that has one wins.
 unit_path="$units /usr/local/lib/systemd/system /usr/lib/systemd/system /lib/systemd/system"
@@ -91,7 +93,6 @@ generalize() {
     check_fstab
     [ -r /proc/self/mountinfo ] || refuse '/proc is not mounted here, which tells what is mounted in what will be emptied'
     check_removal
-    see_what_opens
     forget # nothing yet, but object where that will not be possible
     if [ -n "$check" ]; then
         [ -z "$removed" ] || say "would remove the accounts$removed, and their keys from root's"
@@ -277,6 +278,7 @@ confirm() {
     if [ -n "$root$refused$yes" ] || [ ! -t 0 ]; then
         return
     fi
+    see_what_opens
     say "Accounts that stay and open every VM, by authorized keys:${with_keys:- none}; by a password:${with_password:- none}." >&2
     printf 'This machine will forget its SSH host keys, machine ID, host name, leases, logs and histories, for good.\n' >&2
     printf 'Nobody can log in before it has booted again. Go on? [y/N] ' >&2
@@ -512,8 +514,8 @@ add_or_drop_user() {
 relabel() {
     file /etc/selinux/config && grep -Eq '^SELINUX=(enforcing|permissive)' "$name" || return 0
     if running && command -v restorecon >/dev/null; then
-        restorecon -R -i "$units" /usr/local/sbin /etc/hostname /etc/machine-id /etc/netplan /etc/sudoers.d \
-            /etc/passwd /etc/shadow /etc/group /etc/gshadow /etc/subuid /etc/subgid "$roots_keys"
+        # shellcheck disable=SC2086
+        restorecon -R -i "$units" /usr/local/sbin /etc/hostname /etc/machine-id /etc/netplan /etc/sudoers.d "$roots_keys" $lists
     else
         warn "SELinux is on in ${root:-/}, and what was written has no labels of its policy: run restorecon -R /etc /usr/local /root there, or make /.autorelabel"
     fi
@@ -702,7 +704,7 @@ see_what_opens() {
 }
 
 tell_what_is_left() {
-    see_what_opens # root may have fewer keys by now
+    see_what_opens
     [ -z "$with_keys" ] || say "left what opens every VM, authorized keys of:$with_keys"
     [ -z "$with_sudo" ] || say "left rules of sudo for them:$with_sudo"
     [ -z "$with_password" ] || say "left what opens every VM, a password of:$with_password"
@@ -760,10 +762,12 @@ check_removal() {
         else
             ! is_home_alone "$account" || check_mounts "$home" true
             forget_spools "$account"
-            check_writable "$roots_keys"
         fi
     done
-    [ -z "$removed" ] || command -v userdel >/dev/null || refuse 'this machine has no userdel'
+    if [ -n "$removed" ]; then
+        check_writable "$roots_keys"
+        command -v userdel >/dev/null || refuse 'this machine has no userdel'
+    fi
 }
 
 # The account itself is the last, so that what was interrupted can be done again.
@@ -830,14 +834,14 @@ remove_from_lists() {
     copies=$(mktemp -d)
     mkdir "$copies/etc"
     echo 'USERGROUPS_ENAB yes' >"$copies/etc/login.defs"
-    for list in passwd shadow group gshadow subuid subgid; do
-        ! file "/etc/$list" || cp -p "$name" "$copies/etc/$list"
+    for list in $lists; do
+        ! file "$list" || cp -p "$name" "$copies$list"
     done
     userdel --prefix "$copies" --force "$1"
-    for list in shadow group gshadow subuid subgid passwd; do
-        file "/etc/$list" || continue
+    for list in $lists; do
+        file "$list" || continue
         temporary=$(mktemp "$name.XXXXXX")
-        cp -p "$copies/etc/$list" "$temporary"
+        cp -p "$copies$list" "$temporary"
         mv -f "$temporary" "$name"
     done
     temporary=''
@@ -965,8 +969,8 @@ asks_by_dhcpcd() {
     [ -n "$(enabled networking.service)" ] && ! runs /usr/sbin/dhclient && ! runs /sbin/dhclient
 }
 
-# without_mac NAME: print a file of netplan as it is after the line of a MAC address beside that of the driver, which cloud-init
-# writes on Azure, is taken out: the driver is what each VM's interface has. Other files are printed as they are.
+# without_mac NAME: print a file of netplan as it is after the line of a MAC address beside that of the driver, which
+# cloud-init writes on Azure, is taken out: the driver is what each VM's interface has. Others are printed as they are.
 without_mac() {
     if [ "$(grep -c macaddress "$1")" -gt 1 ]; then # one driver would then stand for several interfaces
         cat "$1"
