@@ -841,6 +841,11 @@ class MachineTest(Case):
 
         self.in_child(act)  # which may lose its rights
 
+    def test_sshd_reads_our_drop_in_before_those_that_others_usually_write(self) -> None:
+        directory, name = os.path.split(azure_provisioning.SSHD_DROP_IN)
+        self.assertEqual(directory, "/etc/ssh/sshd_config.d")
+        self.assertLess(name, "50-cloud-init.conf")
+
     def test_locks_of_useradd_that_are_nobodys_are_removed_and_others_left_alone(self) -> None:
         self.assertEqual(azure_provisioning.USER_DATABASE, "/etc")
         self.replace(USER_DATABASE=self.directory)
@@ -1203,13 +1208,6 @@ class UserTest(Case):
             self.assertIn("carol", self.users)
             self.user()  # what was undone is not undone again
             self.assertNotIn("userdel", "".join(self.ran))
-
-    def test_sshd_reads_our_drop_in_before_those_that_others_usually_write(self) -> None:
-        directory, name = os.path.split(self.defaults)
-        self.assertEqual(directory, "/etc/ssh/sshd_config.d")
-        self.assertLess(name, "50-cloud-init.conf")
-
-    defaults = azure_provisioning.SSHD_DROP_IN
 
     NO_PASSWORDS = "PasswordAuthentication no\nKbdInteractiveAuthentication no\nChallengeResponseAuthentication no\n"
 

@@ -4,6 +4,7 @@ They take minutes each, and root, so they run only if the environment variable A
 for all releases, or to some, as in AZURE_PROVISIONING_MACHINE=bookworm,trixie.
 """
 
+import contextlib
 import glob
 import json
 import os
@@ -13,7 +14,7 @@ import sys
 import time
 import unittest
 from contextlib import ExitStack
-from typing import Any, Sequence, Type
+from typing import Any, Iterator, Sequence, Tuple, Type
 
 from tests import machine, sandbox
 from tests.machine import WITH_USER, Machine
@@ -94,16 +95,24 @@ class MachineCase(JourneyCase):
         """An image becomes two VMs."""
         with self.make_image(client, *options) as image:
             for name in ("web-01", "web-02"):
-                with ExitStack() as stack:
-                    vm = stack.enter_context(self.vm(self.lab, self.release, client, image=image))
-                    azure = stack.enter_context(self.azure(name))
-                    stack.enter_context(explained(vm, azure))
-                    azure.start_network().start()
-                    started = time.monotonic()
-                    vm.boot(azure)
-                    self.check_vm(vm, azure, name, started)
-                    self.check_login(vm, azure)
+                with self.new_vm(image, name) as (vm, _):
                     self.check_confined_by_apparmor(vm)
+
+    @contextlib.contextmanager
+    def new_vm(
+        self, image: VM, name: str, user: str = USER, key: str = "key", other: str = "other"
+    ) -> Iterator[Tuple[VM, Azure]]:
+        """A VM of image, and its far end: it is ready, and user has logged in with the key, and not with the other."""
+        with ExitStack() as stack:
+            vm = stack.enter_context(self.vm(self.lab, self.release, image.client, image=image))
+            azure = stack.enter_context(self.azure(name, user, key))
+            stack.enter_context(explained(vm, azure))
+            azure.start_network().start()
+            started = time.monotonic()
+            vm.boot(azure)
+            self.check_vm(vm, azure, name, started)
+            self.check_login(vm, azure, user, key, other)
+            yield vm, azure
 
     def first_boot(self, client: str) -> None:
         """The first boot of a VM with this DHCP client, and the second."""
@@ -211,7 +220,6 @@ class MarketplaceCase(MachineCase):
     """From a VM that cloud-init has provisioned to VMs without cloud-init, by the README's commands."""
 
     vm = MarketplaceMachine
-    client = "netplan, by cloud-init"
     tools = (*MachineCase.tools, "scp")
 
     def make_image(self, client: str, *options: str) -> VM:
@@ -247,19 +255,11 @@ class MarketplaceCase(MachineCase):
 
     def test_from_a_marketplace_vm_to_logins(self) -> None:
         test: Any = self
-        with self.make_image(self.client) as image:
+        with self.make_image("netplan, by cloud-init") as image:
             for name, user, key in (("web-01", USER, "key"), ("web-02", MARKETPLACE_USER, "other")):
-                with ExitStack() as stack:
-                    vm = stack.enter_context(self.vm(self.lab, self.release, self.client, image=image))
-                    azure = stack.enter_context(self.azure(name, user, key))
-                    stack.enter_context(explained(vm, azure))
-                    azure.start_network().start()
-                    started = time.monotonic()
-                    vm.boot(azure)
-                    self.traces -= {user}
-                    self.check_vm(vm, azure, name, started)
+                self.traces -= {user}
+                with self.new_vm(image, name, user, key, "builder") as (vm, azure):
                     test.assertEqual([azure.resolve(name)], vm.addresses())
-                    self.check_login(vm, azure, user, key, "builder")
                     refused = self.ssh(vm, azure, MARKETPLACE_USER, "builder", "true")
                     test.assertIn("Permission denied (publickey)", refused.stdout)
                     test.assertEqual(vm.run("ls", "/home").split(), [user])
