@@ -25,7 +25,6 @@ The page it stands in for: https://learn.microsoft.com/azure/virtual-machines/li
 
 import collections
 import contextlib
-import errno
 import os
 import re
 import socket
@@ -60,15 +59,13 @@ TELL_AGAIN = 60.0  # seconds after which a failure that has not changed is told 
 class ProvisioningError(Exception):
     """What can go wrong in a VM, in one line: what was asked, of whom, and what came back.
 
-    status is that of the HTTP answer, 0 if there was none; retry_after are the seconds that the service asked to wait;
-    offline says that there is no network yet.
+    status is that of the HTTP answer, 0 if there was none; retry_after are the seconds that the service asked to wait.
     """
 
-    def __init__(self, message: str, status: int = 0, retry_after: float = 0.0, offline: bool = False) -> None:
+    def __init__(self, message: str, status: int = 0, retry_after: float = 0.0) -> None:
         super().__init__(message)
         self.status = status
         self.retry_after = retry_after
-        self.offline = offline
 
 
 # Messages: one line each, and none of them is worth stopping for.
@@ -85,7 +82,7 @@ def log(priority: int, message: str) -> None:
     """
     if priority > log_level:
         return
-    line = "".join(char if char.isprintable() else " " for char in message) + "\n"
+    line = printable(message) + "\n"
     with contextlib.suppress(OSError):
         if priority <= WARNING:
             stderr = os.fstat(2)
@@ -94,18 +91,22 @@ def log(priority: int, message: str) -> None:
         os.write(2 if priority <= WARNING else 1, line.encode("utf-8", "backslashreplace"))
 
 
+def printable(text: str) -> str:
+    """Return text with spaces for line breaks, control characters, and what else has no place in a line or in XML."""
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
 # Trying again: on a network that is coming up, a refusal now is an answer in a minute.
 
 
-def keep_trying(attempt: "Callable[[float], Result]", timeout: float, network_timeout: float = 0.0) -> "Result":
+def keep_trying(attempt: "Callable[[float], Result]", timeout: float) -> "Result":
     """Call attempt with a deadline, a time of time.monotonic(), and return what it returns.
 
     If it raises ProvisioningError, whatever the reason, it is called again until timeout, in seconds, is over; then
-    the last one is raised. The timeout begins when there is a network, network_timeout seconds from now at the latest.
+    the last one is raised.
     """
-    started = time.monotonic()
-    end = started + timeout
-    end_without_network = started + network_timeout + timeout
+    end = time.monotonic() + timeout
+    latest = end - LAST_ATTEMPT
     pause = FIRST_PAUSE
     told, tell_again = "", 0.0
     while True:
@@ -115,14 +116,10 @@ def keep_trying(attempt: "Callable[[float], Result]", timeout: float, network_ti
         except ProvisioningError as error:
             failure = error
         now = time.monotonic()
-        if failure.offline:  # no network yet: the timeout begins anew
-            end = min(now + timeout, end_without_network)
-        latest = end - LAST_ATTEMPT
         if now >= latest:
-            raise ProvisioningError(f"{failure}; gave up after {end - started:.4g} s")
+            raise ProvisioningError(f"{failure}; gave up after {timeout:g} s")
         if str(failure) != told or now >= tell_again:
-            left = (end_without_network if failure.offline else end) - now
-            log(WARNING, f"{failure}; trying again, for {left:.0f} s at most")
+            log(WARNING, f"{failure}; trying again, for {end - now:.0f} s at most")
             told, tell_again = str(failure), now + TELL_AGAIN
 
         import random  # here, because most VMs need it never, and it takes a tenth of what the step ready takes
@@ -189,16 +186,24 @@ def exchange(
     except socket.timeout as error:
         raise ProvisioningError(f"{asked}: no complete answer within {max(allowed, 0):.2g} s") from error
     except (OSError, ValueError) as error:
-        code = getattr(error, "errno", None)
-        offline = code in (errno.ENETUNREACH, errno.ENETDOWN)
-        if code == errno.EHOSTUNREACH:  # a DHCP client that has no lease yet may have given itself an address
-            offline = not default_interface()
-        raise ProvisioningError(f"{asked}: {error!s:.200}", offline=offline) from error
+        raise ProvisioningError(f"{asked}: {error!s:.200}") from error
     if not 200 <= status < 300:
         # The errors of the WireServer are pages of HTML.
         detail = " ".join(re.sub("<[^<>]*>", " ", text[:1000]).split()) or reason
         raise ProvisioningError(f"{asked}: status {status} {detail:.200}", status, retry_after)
     return text
+
+
+def check_route(address: str) -> None:
+    """Raise ProvisioningError while there is no route to address (HOST[:PORT]). Sends nothing."""
+    host = address.partition(":")[0]
+    # Where there is no lease yet, a DHCP client may have given the machine an address of the network that IMDS is in.
+    host = WIRESERVER if host == IMDS else host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 80))
+        except OSError as error:
+            raise ProvisioningError(f"no route to {host}: {error}") from error
 
 
 def use_default_interface(connection: socket.socket, host: str) -> None:
@@ -246,22 +251,23 @@ def parse_answer(received: bytes, ended: bool) -> "Optional[Tuple[int, str, floa
     if not found:
         raise ValueError(f"not an HTTP answer: {status_line!r:.80}")
     status = int(found.group(1))
-    fields: Dict[str, List[str]] = {}
+    fields: Dict[str, str] = {}
     for line in lines:
         name, colon, value = line.partition(":")
         if not colon or not re.match(r"[!#-'*+.^-z|~0-9A-Z-]+\Z", name):
             raise ValueError(f"not a header: {line!r:.80}")
-        fields.setdefault(name.lower(), []).append(value.strip(" \t"))
-    lengths = fields.get("content-length", [])
+        name, value = name.lower(), value.strip(" \t")
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    length, coding, pause = (fields.get(name) for name in ("content-length", "transfer-encoding", "retry-after"))
     body: Optional[bytes]
-    if "transfer-encoding" in fields:
-        if lengths or [coding.lower() for coding in fields["transfer-encoding"]] != ["chunked"]:
+    if coding is not None:
+        if length is not None or coding.lower() != "chunked":
             raise ValueError(f"contradictory headers: {fields!s:.100}")
         body = join_chunks(rest)
-    elif lengths:
-        if len(set(lengths)) > 1 or not re.match(r"[0-9]{1,15}\Z", lengths[0]):
-            raise ValueError(f"not a length: {lengths!s:.80}")
-        body = rest[: int(lengths[0])] if len(rest) >= int(lengths[0]) else None
+    elif length is not None:
+        if not re.match(r"[0-9]{1,15}\Z", length):
+            raise ValueError(f"not a length: {length!r:.80}")
+        body = rest[: int(length)] if len(rest) >= int(length) else None
     elif status == 204:
         body = b""
     else:
@@ -271,32 +277,32 @@ def parse_answer(received: bytes, ended: bool) -> "Optional[Tuple[int, str, floa
             raise ValueError(f"the answer ends in its body, after {len(rest)} bytes")
         return None
     # Retry-After may be a date as well, which says nothing while the clock is not set.
-    pauses = [float(value) for value in fields.get("retry-after", []) if re.match(r"[0-9]{1,9}\Z", value)]
-    return status, found.group(2) or "", max(pauses, default=0.0), body
+    retry_after = float(pause) if pause and re.match(r"[0-9]{1,9}\Z", pause) else 0.0
+    return status, found.group(2) or "", retry_after, body
 
 
 def join_chunks(data: bytes) -> "Optional[bytes]":
     """Return the body that data holds in chunks, None while the last is missing. Raises ValueError for a wrong one."""
+    chunk_size = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
     body: List[bytes] = []
     position = 0
     while True:
-        end = data.find(b"\r\n", position)
-        if end < 0:
-            return None
-        size = re.match(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?\Z", data[position:end])
+        size = chunk_size.match(data, position)
         if not size:
-            raise ValueError(f"not a chunk: {data[position:end]!r:.80}")
-        length = int(size.group(1), 16)
-        if length == 0:  # fields may follow it, and an empty line does
-            return b"".join(body) if data.find(b"\r\n\r\n", end) >= 0 else None
-        start, position = end + 2, end + 2 + length
-        after = data[position : position + 2]
-        if not b"\r\n".startswith(after):  # as much of it as is here
-            raise ValueError("a chunk is longer than it says")
-        if len(after) < 2:
+            end = data.find(b"\r\n", position)
+            if end >= 0:
+                raise ValueError(f"not a chunk: {data[position:end]!r:.80}")
             return None
-        body.append(data[start:position])
-        position += 2
+        start = size.end()
+        end = start + int(size.group(1), 16)
+        if start == end:  # fields may follow the last one, and an empty line does
+            return b"".join(body) if data.find(b"\r\n\r\n", start - 2) >= 0 else None
+        position = end + 2
+        if not b"\r\n".startswith(data[end:position]):  # as much of it as is here
+            raise ValueError("a chunk is longer than it says")
+        if len(data) < position:
+            return None
+        body.append(data[start:end])
 
 
 # WireServer: the goal state names this VM, the health report says how it is.
@@ -326,13 +332,18 @@ READY = "<State>Ready</State>"
 NOT_READY = """<State>NotReady</State>
           <Details><SubStatus>ProvisioningFailed</SubStatus><Description>{}</Description></Details>"""
 
-GoalState = collections.namedtuple("GoalState", "incarnation container_id instance_id")
+# Where the goal state has what identifies this VM, under the names that HEALTH_REPORT has.
+IDENTIFIERS = {
+    "incarnation": "GoalState/Incarnation",
+    "container_id": "GoalState/Container/ContainerId",
+    "instance_id": "GoalState/Container/RoleInstanceList/RoleInstance/InstanceId",
+}
 
 
-def parse_goal_state(text: str) -> GoalState:
-    """Return what identifies this VM. Raises ValueError if text is no goal state, or one without all of that."""
+def parse_goal_state(text: str) -> "Dict[str, str]":
+    """Return IDENTIFIERS with what text has there. Raises ValueError if it is no goal state, or one without all."""
     path: List[str] = []
-    texts: Dict[Tuple[str, ...], str] = {}  # the first of each; paths are cut below the longest that is wanted
+    texts: Dict[str, str] = {}  # the first of each; paths are cut below the longest that is wanted
 
     def refuse(*_: object) -> None:
         raise ValueError("it has a DOCTYPE, and so entities, which can multiply")
@@ -342,31 +353,24 @@ def parse_goal_state(text: str) -> GoalState:
     parser.StartDoctypeDeclHandler = refuse
     parser.StartElementHandler = lambda name, _: path.append(name)
     parser.EndElementHandler = lambda _: path.pop()
-    parser.CharacterDataHandler = lambda data: texts.setdefault(tuple(path[:6]), data.strip())
+    parser.CharacterDataHandler = lambda data: texts.setdefault("/".join(path[:6]), data.strip())
     try:
         parser.Parse(text, True)
     except expat.ExpatError as error:
         raise ValueError(f"it is not XML: {error}") from error
-    container = ("GoalState", "Container")
-    goal_state = GoalState(
-        incarnation=texts.get(("GoalState", "Incarnation")),
-        container_id=texts.get((*container, "ContainerId")),
-        instance_id=texts.get((*container, "RoleInstanceList", "RoleInstance", "InstanceId")),
-    )
-    if not all(goal_state):
-        raise ValueError(f"it lacks one of {', '.join(GoalState._fields)}")
+    goal_state = {name: texts.get(wanted, "") for name, wanted in IDENTIFIERS.items()}
+    if not all(goal_state.values()):
+        raise ValueError(f"it lacks one of {', '.join(IDENTIFIERS)}")
     return goal_state
 
 
-def health_report(goal_state: GoalState, failure: "Optional[str]" = None) -> bytes:
+def health_report(goal_state: "Dict[str, str]", failure: "Optional[str]" = None) -> bytes:
     """Return the XML that reports Ready, or, for a failure, NotReady with it as the description."""
     escapes = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
     health = READY
     if failure is not None:
-        # Neither control characters nor the stray halves of surrogate pairs may stand in XML.
-        allowed = re.sub("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", failure)
-        health = NOT_READY.format(allowed[:DESCRIPTION_LIMIT].translate(escapes))
-    identifiers = {name: value.translate(escapes) for name, value in goal_state._asdict().items()}
+        health = NOT_READY.format(printable(failure[:DESCRIPTION_LIMIT]).translate(escapes))
+    identifiers = {name: value.translate(escapes) for name, value in goal_state.items()}
     return HEALTH_REPORT.format(health=health, **identifiers).encode()
 
 
@@ -389,7 +393,7 @@ def report_health(address: str, deadline: float, failure: "Optional[str]" = None
     headers = dict(WIRESERVER_HEADERS, **{"Content-Type": "text/xml;charset=utf-8"})
     exchange(address, deadline, "POST", "/machine?comp=health", headers, report)
     state = "Ready" if failure is None else "NotReady"
-    log(INFO, f"reported {state} to {address}, incarnation {goal_state.incarnation}")
+    log(INFO, f"reported {state} to {address}, incarnation {goal_state['incarnation']}")
 
 
 # IMDS: what the VM was created with.
@@ -398,44 +402,27 @@ def report_health(address: str, deadline: float, failure: "Optional[str]" = None
 # https://github.com/Azure/azure-init/issues/134
 INSTANCE = "/metadata/instance?api-version=2021-08-01&extended=true"
 OLD_NAME = "/metadata/instance/compute/name?api-version=2019-06-01&format=text"  # as the documentation's sample asks
-OLD_IMDS_AFTER = 10.0  # seconds in which nothing but 400 came back: this IMDS does not know INSTANCE (Azure Stack Hub)
 
-# admin_username and public_keys are as they came, for the step user to judge; the former is None where IMDS is too old
-# to tell. ignored is what was given to the VM and is nothing for us.
+# admin_username and public_keys are as they came, for the step user to judge. ignored is what we do nothing with.
 Instance = collections.namedtuple("Instance", "name admin_username public_keys passwords_disabled ignored")
 
 
-def fetch_instance(address: str, timeout: float, network_timeout: float = 0.0) -> Instance:
-    """Return what IMDS at address says of this VM, or, of an old IMDS, the name alone.
+def fetch_instance(address: str, deadline: float, name_is_enough: bool) -> Instance:
+    """Return what IMDS at address says of this VM; of one that is too old to tell, its name, if name_is_enough.
 
-    Raises ProvisioningError if it says nothing within timeout, in seconds, see keep_trying().
+    Raises ProvisioningError if it says nothing that makes sense.
     """
-    refused_since: Optional[float] = None
-
-    def ask(deadline: float, path: str, parse: "Callable[[str], Instance]") -> Instance:
-        headers = {"Metadata": "true", "User-Agent": WIRESERVER_HEADERS["User-Agent"]}
-        headers["x-ms-client-request-id"] = os.urandom(16).hex()
-        text = exchange(address, deadline, "GET", path, headers)
+    headers = {"Metadata": "true", "User-Agent": WIRESERVER_HEADERS["User-Agent"]}
+    headers["x-ms-client-request-id"] = os.urandom(16).hex()
+    try:
         try:
-            return parse(text)
-        except ValueError as error:
-            raise ProvisioningError(f"GET http://{address}{path}: {error}") from error
-
-    def attempt(deadline: float) -> Instance:
-        nonlocal refused_since
-        try:
-            return ask(deadline, INSTANCE, parse_instance)
+            return parse_instance(exchange(address, deadline, "GET", INSTANCE, headers))
         except ProvisioningError as error:
-            if error.status != 400:
-                refused_since = None
+            if error.status != 400 or not name_is_enough:  # 400: it does not know this version (Azure Stack Hub)
                 raise
-            refused_since = refused_since or time.monotonic()
-            if time.monotonic() - refused_since < OLD_IMDS_AFTER:
-                raise
-        # Nothing but 400 for so long.
-        return ask(deadline, OLD_NAME, parse_old_name)
-
-    return keep_trying(attempt, timeout, network_timeout)
+            return parse_old_name(exchange(address, deadline, "GET", OLD_NAME, headers))
+    except ValueError as error:
+        raise ProvisioningError(f"GET http://{address}/metadata/instance: {error}") from error
 
 
 def parse_instance(text: str) -> Instance:
@@ -473,8 +460,8 @@ def parse_old_name(text: str) -> Instance:
     """Return what an old IMDS tells, the name alone. Raises ValueError if text is no name."""
     name = text.strip()
     if not re.match(r"[A-Za-z0-9_.-]+\Z", name):
-        raise ValueError(f"not a name: {name!r:.80}")
-    return Instance(name, None, [], False, [])
+        raise ValueError(f"compute/name is no name: {name!r:.80}")
+    return Instance(name, "", [], False, [])
 
 
 def valid_host_name(name: str) -> str:
@@ -493,7 +480,6 @@ def valid_host_name(name: str) -> str:
 
 COMMAND_LIMIT = 15.0  # seconds
 FILE_LIMIT = 1 << 22  # characters
-SELINUX_LABEL = "security.selinux"
 SELINUX = ("/sys/fs/selinux/enforce", "/etc/selinux/config")  # both are there where it is on and has a policy
 
 
@@ -545,19 +531,14 @@ def replace_file(path: str, text: str, mode: int = 0o644) -> None:
     """
     path = os.path.realpath(path)
     temporary = path + ".azure-provisioning"
-    label = None
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # what a link to /dev/null, say, leads to
             raise OSError("not a regular file")
-        with contextlib.suppress(OSError):  # no such file yet, or no labels here
-            label = os.getxattr(path, SELINUX_LABEL)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)  # a power cut left it
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with open(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             os.fchmod(descriptor, mode)
-            if label:
-                os.setxattr(descriptor, SELINUX_LABEL, label)  # which a rename would leave behind
             file.write(text)
             file.flush()
             os.fsync(descriptor)
@@ -571,8 +552,7 @@ def replace_file(path: str, text: str, mode: int = 0o644) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise ProvisioningError(f"write {path}: {error}") from error
-    if not label:
-        restore_label(path)
+    restore_label(path)  # a new file has that of its directory
 
 
 def restore_label(path: str) -> None:
@@ -719,16 +699,6 @@ def wait_until(condition: "Callable[[], bool]") -> bool:
     return True
 
 
-def is_connected(interface: str) -> bool:
-    """Whether interface has the default route, and an address to speak to the WireServer from. Sends nothing."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((WIRESERVER, 80))
-        except OSError:
-            return False
-    return default_interface() == interface
-
-
 def publish_host_name(name: str, dry_run: bool = False) -> None:
     """Have the DHCP client of the default route send name to the virtual network's DNS, and wait for the lease.
 
@@ -751,13 +721,13 @@ def publish_host_name(name: str, dry_run: bool = False) -> None:
             renew(client, interface)
         except ProvisioningError as error:
             trouble = str(error)
-        if wait_until(lambda: is_connected(interface)):
+        if wait_until(lambda: default_interface() == interface):
             if trouble:
                 log(WARNING, f"{trouble}; {advice}")
             else:
                 log(INFO, f"published {name} by {command}, after {time.monotonic() - started:.1f} s")
             return
-        gone = f"{interface} has no address or no default route after {trouble or command}"
+        gone = f"{interface} has no default route after {trouble or command}"
         log(ERROR if is_last else WARNING, f"{gone}; {advice if is_last else 'trying again'}")
 
 
@@ -819,7 +789,7 @@ def parse_keys(text: str) -> "Tuple[Dict[str, str], List[str]]":
     begun = ""
     text = re.sub(r"(?s)-----BEGIN ([A-Z0-9 ]+)-----.*?(?:-----END \1-----|\Z)", r"\n(\1)\n", text)
     for part in text.splitlines():
-        line = "".join(char if char.isprintable() else " " for char in part).strip()
+        line = printable(part).strip()
         if begun and re.match(KEY, line):
             rest.append(begun)
             begun = ""
@@ -1076,8 +1046,6 @@ def user_step(options: Options, instance: Instance) -> None:
     import grp
 
     name = instance.admin_username
-    if name is None:
-        raise ProvisioningError(f"{options.imds} is too old to tell the user")
     if not name:
         log(INFO, "the VM was created without a user: nothing to do")
         return
@@ -1129,8 +1097,11 @@ def provision(options: Options) -> "List[str]":
     if set(options.steps) != {"ready"}:
         timeout = options.imds_timeout or (IMDS_TIMEOUT_FOR_USER if "user" in options.steps else IMDS_TIMEOUT)
         try:
-            # Without a network it is waited for no longer than the WireServer.
-            instance = fetch_instance(options.imds, timeout, options.wireserver_timeout - timeout)
+            # The timeout of IMDS begins when there is a network.
+            keep_trying(lambda _: check_route(options.imds), options.wireserver_timeout)
+            instance = keep_trying(
+                lambda deadline: fetch_instance(options.imds, deadline, "user" not in options.steps), timeout
+            )
             for what in instance.ignored:
                 log(WARNING, f"the VM was created with {what}, which nothing here reads")
         except Exception as error:

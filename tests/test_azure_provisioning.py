@@ -5,7 +5,6 @@ What changes a machine is not called here but in test_sandbox.py.
 
 import base64
 import contextlib
-import errno
 import fcntl
 import grp
 import io
@@ -25,7 +24,7 @@ from unittest import mock
 from xml.etree import ElementTree
 
 import azure_provisioning
-from azure_provisioning import DEBUG, ERROR, INFO, REQUEST_LIMIT, WARNING, GoalState, Instance, ProvisioningError
+from azure_provisioning import DEBUG, ERROR, INFO, REQUEST_LIMIT, WARNING, Instance, ProvisioningError
 from tests.fake_azure import GOAL_STATE, IMDS, WIRESERVER, FakeAzure
 
 
@@ -90,7 +89,10 @@ class Case(unittest.TestCase):
 
     def instance(self, azure: FakeAzure, timeout: float = 120) -> Instance:
         """What the program learns of the VM from azure's IMDS."""
-        return azure_provisioning.fetch_instance(azure.listen(IMDS), timeout)
+        address = azure.listen(IMDS)
+        return azure_provisioning.keep_trying(
+            lambda deadline: azure_provisioning.fetch_instance(address, deadline, name_is_enough=True), timeout
+        )
 
     def check_name(self, imds: Sequence[Any], name: str = "web-01") -> FakeAzure:
         azure = self.azure(imds=imds)
@@ -218,7 +220,9 @@ class KeepTryingTest(Case):
         wrong: Dict[str, Any] = {text[:60]: text for text in texts}
         wrong.update((str(compute), document(compute)[0]) for compute in (*nameless, *others))
         wrong["depth"] = {"body": "[", "repeat": 300000}
-        self.after({**TROUBLE, **wrong}, "GET http://127", lambda entry: self.check_name([entry]))
+        trouble = {**TROUBLE, **wrong}
+        del trouble["status 400"]  # it is asked for the name alone then
+        self.after(trouble, "GET http://127", lambda entry: self.check_name([entry]))
 
     def test_a_service_that_is_not_there_yet_is_found(self) -> None:
         azure = self.azure()
@@ -288,25 +292,27 @@ class KeepTryingTest(Case):
             self.assertEqual((failed, bool(azure.asked(IMDS))), (steps[:-1] if steps else ["hostname"], seconds > 0))
 
     def test_the_timeout_of_imds_begins_when_there_is_a_network(self) -> None:
-        for error, interface, network_after, total, least in (
-            (errno.ENETUNREACH, "", 500, 1200, 612),
-            (errno.ENETDOWN, "", 500, 1200, 612),
-            (errno.ENETUNREACH, "", 9999, 1200, 1191),  # at the latest so that the report is still in time
-            (errno.EHOSTUNREACH, "", 500, 1200, 612),  # an address that the DHCP client gave itself
-            (errno.EHOSTUNREACH, "eth0", 500, 120, 115),  # a network, but nobody in it
+        self.replace(use_default_interface=mock.Mock())
+        for network_after, told, least in (
+            (500, r"GET http://169\.254\.169\.254/metadata/.*; gave up after 120 s", 612),
+            (9999, r"no route to 168\.63\.129\.16: .*; gave up after 1200 s", 1191),
+            (0, r"GET http://169\.254\.169\.254/metadata/.*; gave up after 120 s", 115),
         ):
-            self.replace(default_interface=lambda interface=interface: interface)
-            with self.subTest(os.strerror(error), network_after=network_after), self.lasting(least, least + 10):
-                self.forget()
-                there = self.clock.monotonic() + network_after
+            there = self.clock.monotonic() + network_after
 
-                def connect(*_: object, there: float = there, error: int = error) -> None:
-                    raise OSError(error if self.clock.monotonic() < there else errno.ECONNREFUSED, "no")
+            def connect(connection: socket.socket, address: Any, there: float = there) -> None:
+                if connection.type == socket.SOCK_STREAM:  # nobody is in that network
+                    raise ConnectionRefusedError
+                # A DHCP client that has no lease yet may have given itself an address beside that of IMDS.
+                if self.clock.monotonic() < there and not address[0].startswith("169.254."):
+                    raise OSError("Network is unreachable")
 
+            self.forget()
+            with self.subTest(network_after=network_after), self.lasting(least, least + 10):
                 with mock.patch.object(socket.socket, "connect", connect), mock.patch("sys.argv", ["", "hostname"]):
                     self.assertEqual(azure_provisioning.main(), 1)
-                self.assertRegex(self.lines[-1], r"; gave up after (120|6[12]\d(\.\d)?|1200) s$")
-                self.assertIn(f"; trying again, for {total} s at most", self.lines[0])
+                self.assertRegex(self.lines[-1], f"^hostname failed: {told}$")
+                self.assertIn(f"; trying again, for {1200 if network_after else 120} s at most", self.lines[0])
 
     def test_each_request_ends_with_its_limit_the_last_one_with_the_timeout(self) -> None:
         self.assertEqual(REQUEST_LIMIT, 10)
@@ -351,7 +357,7 @@ class TransportTest(Case):
             raw(f"{OK}Content-Length: 31\r\n\r\n{text}", keep=True),
         ):
             self.check_name([entry], "web-02")
-        for empty in (OK + "Content-Length: 0\r\nContent-Length: 0\r\n\r\n", "HTTP/1.1 204 No Content\r\n\r\n"):
+        for empty in (OK + "Content-Length: 0\r\n\r\n", "HTTP/1.1 204 No Content\r\n\r\n"):
             self.provision("ready", wireserver=[{"do": "right"}, raw(empty, keep=True)])
             self.assertEqual(self.warnings(), [])
 
@@ -429,15 +435,6 @@ class TransportTest(Case):
             self.assertEqual(azure_provisioning.default_interface(), "")
         azure_provisioning.default_interface()  # of this machine
 
-    def test_who_has_no_default_route_or_no_address_is_not_connected(self) -> None:
-        for interface, refusal in (("eth0", None), ("", None), ("eth1", None), ("eth0", OSError)):
-            self.replace(default_interface=lambda interface=interface: interface)
-            with mock.patch.object(socket, "socket") as make:
-                make.return_value.__enter__.return_value.connect.side_effect = refusal
-                connected = azure_provisioning.is_connected("eth0")
-            self.assertIs(connected, interface == "eth0" and not refusal)
-            make.assert_called_once_with(socket.AF_INET, socket.SOCK_DGRAM)  # sends nothing
-
     ANSWERS = (
         (OK + "Content-Length: 5\r\nContent-Type: text/xml\r\n\r\nhello", (200, "OK", 0.0, b"hello")),
         (CHUNKED + "5\r\nhello\r\n3;a=b\r\nyou\r\n0\r\n\r\n", (200, "OK", 0.0, b"helloyou")),
@@ -460,7 +457,7 @@ class TransportTest(Case):
     def test_what_follows_an_answer_is_left_out_and_what_cannot_become_one_is_wrong_at_once(self) -> None:
         for answer, found in {
             "HTTP/1.1 204 No Content\r\n\r\nleft": (204, "No Content", 0.0, b""),
-            "HTTP/1.1 503\r\nRetry-After: 7\r\nRetry-After: 9\r\nContent-Length: 0\r\n\r\nleft": (503, "", 9.0, b""),
+            "HTTP/1.1 503\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\nleft": (503, "", 7.0, b""),
             CHUNKED + "2 \r\nhi\r\n0 \t;a\r\n\r\n": (200, "OK", 0.0, b"hi"),
         }.items():
             self.assertEqual(self.parse(answer), found)
@@ -529,7 +526,8 @@ class HealthReportTest(Case):
         self.assertLess(time.process_time() - started, 1)
 
     def test_ready_is_the_document_that_azure_expects_and_identifiers_cannot_break_it(self) -> None:
-        report = azure_provisioning.health_report(GoalState("7", "c", "i")).decode()
+        identifiers = "incarnation", "container_id", "instance_id"
+        report = azure_provisioning.health_report(dict(zip(identifiers, "7ci"))).decode()
         self.assertEqual(
             "".join(report.split()),
             '<?xmlversion="1.0"encoding="utf-8"?><Health><GoalStateIncarnation>7</GoalStateIncarnation><Container>'
@@ -537,12 +535,12 @@ class HealthReportTest(Case):
             "<Health><State>Ready</State></Health></Role></RoleInstanceList></Container></Health>",
         )
         for evil in ("</ContainerId><State>Ready</State>&\"'", "{health}{0}", "&amp;"):
-            health = ElementTree.fromstring(azure_provisioning.health_report(GoalState(evil, evil, evil), evil))
+            health = ElementTree.fromstring(azure_provisioning.health_report(dict.fromkeys(identifiers, evil), evil))
             for path in ("GoalStateIncarnation", "Container/ContainerId", "Container//InstanceId", ".//Description"):
                 self.assertEqual(health.findtext(path), evil)
 
     def test_a_failure_is_reported_with_its_reason_cut_at_512_characters(self) -> None:
-        strange, shown = "a\x00b\x1b[1mc\ud800d\udcffe\ufffff \U0001f525\tg\u00fc", "a?b?[1mc?d?e?f \U0001f525\tg\u00fc"
+        strange, shown = "a\x00b\x1b[1mc\ud800d\udcffe\ufffff \U0001f525\tg\u00fc", "a b [1mc d e f \U0001f525 g\u00fc"
         plain = "disk <1 of 2> & no more"
         for reason, told in (("", None), (plain, plain), ("&" * 600, "&" * 512), (strange, shown)):
             azure = self.provision("--fail", reason)
@@ -602,25 +600,22 @@ class ImdsTest(Case):
             self.assertIn("web-01", shown)
 
     def test_imds_is_asked_for_the_document_until_it_knows_the_vm(self) -> None:
-        for trouble in ([], *([{"status": status}] * 4 for status in (400, 404, 410, 429, 500, 503))):
+        for trouble in ([], *([{"status": status}] * 4 for status in (404, 410, 429, 500, 503))):
             self.assertEqual(self.check_name(trouble).asked(IMDS), [self.DOCUMENT] * (len(trouble) + 1))
 
-    def test_imds_that_does_nothing_but_refuse_the_document_for_ten_seconds_is_asked_for_the_name(self) -> None:
+    def test_imds_that_does_not_know_the_document_is_asked_for_the_name(self) -> None:
         azure = self.azure(imds_versions=["2017-04-02", "2019-06-01"], name="web-02\r\n")
-        with self.lasting(10, 10 + azure_provisioning.LONGEST_PAUSE + 1):
-            self.assertEqual(self.instance(azure), Instance("web-02", None, [], False, []))
-        asked = azure.asked(IMDS)
-        self.assertEqual(asked, [self.DOCUMENT] * (len(asked) - 1) + [self.NAME])
-        for other in ({"status": 404}, {"body": "<html>"}, {"do": "reset"}):  # starts them anew
-            self.forget()
-            azure = self.check_name([{"status": 400}] * 5 + [other] + [{"status": 400}] * 2)
-            self.assertGreater(sum(self.clock.pauses[:7]), 10)
-            self.assertEqual(azure.asked(IMDS), [self.DOCUMENT] * 9)
+        self.assertEqual(self.instance(azure), Instance("web-02", "", [], False, []))
+        self.assertEqual(azure.asked(IMDS), [self.DOCUMENT, self.NAME])
+        azure = self.check_name([{"status": 400}, {"status": 400}])  # the document comes first each time
+        self.assertEqual(azure.asked(IMDS), [self.DOCUMENT, self.NAME, self.DOCUMENT])
+        azure = self.provision("-n", "user", imds=[{"status": 400}] * 2)  # which the name alone does not do
+        self.assertEqual(azure.asked(IMDS), [self.DOCUMENT] * 3)
 
     def test_a_name_that_is_none_is_not_taken_from_an_old_imds_either(self) -> None:
         for name in ("<html>please log in</html>", "", "a b", "\u0430"):
             azure = self.azure(imds_versions=["2019-06-01"], name=name)
-            with self.assertRaisesRegex(ProvisioningError, "compute/name.*: not a name: .*; gave up after 30 s"):
+            with self.assertRaisesRegex(ProvisioningError, ": compute/name is no name: .*; gave up after 30 s"):
                 self.instance(azure, timeout=30)
 
     def test_hostile_documents_take_no_time(self) -> None:
@@ -736,24 +731,21 @@ class MachineTest(Case):
         self.in_child(read)
         self.assertEqual(azure_provisioning.run.__kwdefaults__, {"limit": 15})
 
-    def test_a_file_is_replaced_with_its_label_and_mode_and_for_good_or_not_at_all(self) -> None:
+    def test_a_file_is_replaced_with_its_mode_and_for_good_or_not_at_all(self) -> None:
         self.addCleanup(os.umask, os.umask(0o077))
         os.symlink("file", self.directory + "/link")
         azure_provisioning.replace_file(self.path, "old text")
         os.mkfifo(self.path + ".azure-provisioning")  # a power cut left it
-        kept, restored, sizes = mock.Mock(), mock.Mock(), []
+        restored, sizes = mock.Mock(), []
         self.replace(restore_label=restored)
-        self.replace(os, getxattr=lambda path, name: f"label of {path}".encode(), setxattr=kept)
         self.replace(os, fsync=lambda descriptor: sizes.append(os.fstat(descriptor).st_size))
         azure_provisioning.replace_file(self.directory + "/link", "n\udcffw", 0o640)
-        kept.assert_called_once_with(mock.ANY, "security.selinux", f"label of {self.path}".encode())
-        self.assertEqual((restored.mock_calls, len(sizes), sizes[0]), ([], 2, 3))
+        restored.assert_called_once_with(self.path)
+        self.assertEqual((len(sizes), sizes[0]), (2, 3))
         self.check_mode(self.path, 0o640)
         with open(self.path, "rb") as binary:
             self.assertEqual(binary.read(), b"n\xffw")
-        self.replace(os, getxattr=mock.Mock(side_effect=OSError))
         azure_provisioning.replace_file(self.directory + "/new", "")
-        restored.assert_called_once_with(self.directory + "/new")
         self.check_mode(self.directory + "/new", 0o644)
         self.replace(os, rename=mock.Mock(side_effect=OSError("no")))
         with self.assertRaisesRegex(ProvisioningError, f"^write {self.path}: no$"):
@@ -883,7 +875,6 @@ class PublishTest(Case):
         self.replace(
             run=self.run_in_time,
             default_interface=lambda: self.interface,
-            is_connected=lambda interface: bool(self.address and self.interface == interface == "eth7"),
             modified=lambda path: self.written if path == "/var/lib/dhcpcd/eth7.lease" else 0,
         )
 
@@ -913,14 +904,14 @@ class PublishTest(Case):
         self.change()
 
     def publish(self, level: int, told: str, tries: int = 1, interface: str = "eth7", dry_run: bool = False) -> None:
-        self.interface, self.address, self.written, self.trouble, self.later = interface, True, 1, "", {}
+        self.interface, self.written, self.trouble, self.later = interface, 1, "", {}
         self.ran.clear()
         self.forget()
         with self.lasting(0, tries * 2 * (azure_provisioning.RENEWAL_LIMIT + 0.5)):
             azure_provisioning.publish_host_name("web-01", dry_run)
         self.assertEqual(self.levels, [WARNING] * (tries - 1) + [level], self.lines)
         for line in self.lines[:-1]:
-            self.assertRegex(line, "^eth7 has no address or no default route after .*; trying again$")
+            self.assertRegex(line, "^eth7 has no default route after .*; trying again$")
         advice = "; for other machines to resolve web-01, restart the DHCP client, or reboot$"
         self.assertRegex(self.lines[-1], f"^{told}{advice if level <= WARNING else ''}")
 
@@ -952,7 +943,7 @@ class PublishTest(Case):
                 self.publish(WARNING, "found no DHCP lease to renew on eth7")
 
     def test_it_waits_for_the_lease_and_for_the_network_and_asks_again_if_that_stays_away(self) -> None:
-        no, away = "nmcli: exit status 3: no", "eth7 has no address or no default route after "
+        no, away = "nmcli: exit status 3: no", "eth7 has no default route after "
         published, no_lease = "published web-01 by ", "dhcpcd --renew eth7: no new lease within 8 s"
         for command, changes, level, told, slept in (
             (RENEW, {3: {"written": 2}}, INFO, published, 0.03),
@@ -960,10 +951,9 @@ class PublishTest(Case):
             (RENEW, {1: {"written": 0}}, WARNING, no_lease, 8),
             (RENEW, {}, WARNING, no_lease, 8),
             (CONNECT, {0: {"interface": ""}, 5: {"interface": "eth7"}}, INFO, published, 0.05),
-            (CONNECT, {0: {"address": False}, 5: {"address": True}}, INFO, published, 0.05),
-            (CONNECT, {0: {"address": False}}, ERROR, away + CONNECT, 16),
+            (CONNECT, {0: {"interface": ""}}, ERROR, away + CONNECT, 16),
             (CONNECT, {0: {"interface": "eth8"}}, ERROR, away + CONNECT, 16),  # is left when the preferred one is gone
-            (CONNECT, {0: {"address": False, "trouble": no}}, ERROR, away + no, 16),
+            (CONNECT, {0: {"interface": "", "trouble": no}}, ERROR, away + no, 16),
             (CONNECT, {0: {"trouble": no}}, WARNING, no, 0),
         ):
             asked = NETWORK_MANAGER if command == CONNECT else DHCPCD
@@ -971,7 +961,7 @@ class PublishTest(Case):
             self.publish(level, told, tries=2 if level == ERROR else 1)
             self.assertEqual(self.ran, [asked, *[command] * (2 if level == ERROR else 1)])
             self.assertAlmostEqual(sum(self.clock.pauses), slept, delta=slept / 10)
-        self.answers[CONNECT] = [{0: {"address": False, "trouble": no}}, {0: {"address": True, "trouble": ""}}]
+        self.answers[CONNECT] = [{0: {"interface": "", "trouble": no}}, {0: {"interface": "eth7", "trouble": ""}}]
         self.publish(INFO, f"published web-01 by {CONNECT}, after 8", tries=2)
 
     def test_names_of_interfaces_are_taken_literally_and_without_one_nobody_is_asked(self) -> None:
@@ -1118,7 +1108,7 @@ class UserTest(Case):
 
     def test_where_there_is_nobody_to_make_or_no_key_or_in_a_dry_run_nothing_is_done(self) -> None:
         no_key = "the VM was created without an SSH key for alice, and IMDS has no passwords: it is not made"
-        old = r"user failed: 127\S* is too old to tell the user"
+        old = r"user failed: GET .*: status 400 .*; gave up after 300 s"
         system = r"user failed: the user \w+ is not a person's: its ID is \d+"
         invalid = "user failed: .* cannot be the name of a user"
         refused = "-rf --help a:b a,b ../x . .. 1000 a/b a$ %sudo #0 *"
