@@ -26,7 +26,6 @@ The page it stands in for: https://learn.microsoft.com/azure/virtual-machines/li
 import collections
 import contextlib
 import os
-import re
 import socket
 import stat
 import sys
@@ -188,6 +187,8 @@ def exchange(
     except (OSError, ValueError) as error:
         raise ProvisioningError(f"{asked}: {error!s:.200}") from error
     if not 200 <= status < 300:
+        import re
+
         # The errors of the WireServer are pages of HTML.
         detail = " ".join(re.sub("<[^<>]*>", " ", text[:1000]).split()) or reason
         raise ProvisioningError(f"{asked}: status {status} {detail:.200}", status, retry_after)
@@ -246,29 +247,29 @@ def parse_answer(received: bytes, ended: bool) -> "Optional[Tuple[int, str, floa
         if ended:
             raise ValueError("the answer ends before its body" if received else "the connection ended, no answer")
         return None
-    status_line, *lines = head.decode("latin-1").split("\r\n")
-    found = re.match(r"HTTP/1\.[01] ([1-9][0-9][0-9])(?: (.*))?\Z", status_line)
-    if not found:
+    status_line, *lines = head.split(b"\r\n")
+    version, _, outcome = status_line.partition(b" ")
+    status, _, reason = outcome.partition(b" ")
+    if version not in (b"HTTP/1.0", b"HTTP/1.1") or len(status) != 3 or not status.isdigit() or status < b"100":
         raise ValueError(f"not an HTTP answer: {status_line!r:.80}")
-    status = int(found.group(1))
-    fields: Dict[str, str] = {}
+    fields: Dict[bytes, bytes] = {}
     for line in lines:
-        name, colon, value = line.partition(":")
-        if not colon or not re.match(r"[!#-'*+.^-z|~0-9A-Z-]+\Z", name):
+        name, colon, value = line.partition(b":")
+        if not colon or name.split() != [name]:
             raise ValueError(f"not a header: {line!r:.80}")
-        name, value = name.lower(), value.strip(" \t")
-        fields[name] = f"{fields[name]}, {value}" if name in fields else value
-    length, coding, pause = (fields.get(name) for name in ("content-length", "transfer-encoding", "retry-after"))
+        name, value = name.lower(), value.strip(b" \t")
+        fields[name] = fields[name] + b", " + value if name in fields else value
+    length, coding, pause = map(fields.get, (b"content-length", b"transfer-encoding", b"retry-after"))
     body: Optional[bytes]
     if coding is not None:
-        if length is not None or coding.lower() != "chunked":
+        if length is not None or coding.lower() != b"chunked":
             raise ValueError(f"contradictory headers: {fields!s:.100}")
         body = join_chunks(rest)
     elif length is not None:
-        if not re.match(r"[0-9]{1,15}\Z", length):
+        if not length.isdigit() or len(length) > 15:
             raise ValueError(f"not a length: {length!r:.80}")
         body = rest[: int(length)] if len(rest) >= int(length) else None
-    elif status == 204:
+    elif status == b"204":
         body = b""
     else:
         body = rest if ended else None
@@ -277,24 +278,22 @@ def parse_answer(received: bytes, ended: bool) -> "Optional[Tuple[int, str, floa
             raise ValueError(f"the answer ends in its body, after {len(rest)} bytes")
         return None
     # Retry-After may be a date as well, which says nothing while the clock is not set.
-    retry_after = float(pause) if pause and re.match(r"[0-9]{1,9}\Z", pause) else 0.0
-    return status, found.group(2) or "", retry_after, body
+    retry_after = float(pause) if pause and pause.isdigit() else 0.0
+    return int(status), reason.decode("latin-1"), retry_after, body
 
 
 def join_chunks(data: bytes) -> "Optional[bytes]":
     """Return the body that data holds in chunks, None while the last is missing. Raises ValueError for a wrong one."""
-    chunk_size = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
     body: List[bytes] = []
     position = 0
     while True:
-        size = chunk_size.match(data, position)
-        if not size:
-            end = data.find(b"\r\n", position)
-            if end >= 0:
-                raise ValueError(f"not a chunk: {data[position:end]!r:.80}")
+        start = data.find(b"\r\n", position) + 2
+        if start < 2:
             return None
-        start = size.end()
-        end = start + int(size.group(1), 16)
+        size = data[position:start].partition(b";")[0].strip()
+        if not 0 < len(size) < 9 or size.strip(b"0123456789abcdefABCDEF"):
+            raise ValueError(f"not a chunk: {data[position:start]!r:.80}")
+        end = start + int(size, 16)
         if start == end:  # fields may follow the last one, and an empty line does
             return b"".join(body) if data.find(b"\r\n\r\n", start - 2) >= 0 else None
         position = end + 2
@@ -402,6 +401,7 @@ def report_health(address: str, deadline: float, failure: "Optional[str]" = None
 # https://github.com/Azure/azure-init/issues/134
 INSTANCE = "/metadata/instance?api-version=2021-08-01&extended=true"
 OLD_NAME = "/metadata/instance/compute/name?api-version=2019-06-01&format=text"  # as the documentation's sample asks
+NAME_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")  # of VM resources
 
 # admin_username and public_keys are as they came, for the step user to judge. ignored is what we do nothing with.
 Instance = collections.namedtuple("Instance", "name admin_username public_keys passwords_disabled ignored")
@@ -442,8 +442,9 @@ def parse_instance(text: str) -> Instance:
         raise ValueError(f"not an instance document: {type(error).__name__} {error!s:.100}") from error
     if not resource_name:
         raise ValueError("an instance document without the name of the VM resource, and so not a whole one")
-    without_user_data = re.sub(r'("userData"\s*:\s*")[^"]*', r"\1...", text)
-    log(DEBUG, f"IMDS has the document {without_user_data:.3000}")
+    if log_level == DEBUG:
+        document["compute"] = dict(compute, userData="...")  # which may be secret
+        log(DEBUG, f"IMDS has the document {json.dumps(document):.3000}")
     ignored = []
     with contextlib.suppress(TypeError, KeyError):
         if str(document["extended"]["compute"]["hasCustomData"]).lower() == "true":
@@ -459,7 +460,7 @@ def parse_instance(text: str) -> Instance:
 def parse_old_name(text: str) -> Instance:
     """Return what an old IMDS tells, the name alone. Raises ValueError if text is no name."""
     name = text.strip()
-    if not re.match(r"[A-Za-z0-9_.-]+\Z", name):
+    if not name or not NAME_CHARACTERS.issuperset(name):
         raise ValueError(f"compute/name is no name: {name!r:.80}")
     return Instance(name, "", [], False, [])
 
@@ -469,7 +470,7 @@ def valid_host_name(name: str) -> str:
 
     VM resources may be called web_01, hosts may not.
     """
-    labels = re.sub("[^A-Za-z0-9.-]", "-", name)[:64].split(".")
+    labels = "".join(char if char in NAME_CHARACTERS - {"_"} else "-" for char in name)[:64].split(".")
     valid = ".".join(filter(None, (label.strip("-")[:63].rstrip("-") for label in labels)))
     if not valid:
         raise ProvisioningError(f"nothing of {name!r:.80} can be a host name")
@@ -599,12 +600,13 @@ def rename_in_hosts(text: str, name: str) -> str:
     The host keeps its domain, unless name has one, and its short name; other names on that line stay.
     """
     short, has_domain, _ = name.partition(".")
-
-    def rename(line: "re.Match[str]") -> str:
-        address, hosts = line.group(1), line.group(2).split()
-        old = hosts[0].partition(".")[0]
-        if name in hosts or not old:
-            return line.group()
+    lines = text.split("\n")
+    for number, line in enumerate(lines):
+        entry = line.partition("#")[0].rstrip()
+        address, *hosts = entry.split() or [""]
+        old = hosts[0].partition(".")[0] if hosts else ""
+        if address != "127.0.1.1" or not old or name in hosts:
+            continue
         renamed: List[str] = []
         for host in hosts:
             label, dot, domain = host.partition(".")
@@ -614,9 +616,8 @@ def rename_in_hosts(text: str, name: str) -> str:
                 renamed += [name, short]
             else:
                 renamed.append(name + dot + domain)
-        return address + " ".join(dict.fromkeys(renamed))
-
-    return re.sub(r"(?m)^([ \t]*127\.0\.1\.1[ \t]+)([^\s#]+(?:[ \t]+[^\s#]+)*)", rename, text)
+        lines[number] = f"{address}\t{' '.join(dict.fromkeys(renamed))}" + line[len(entry) :]
+    return "\n".join(lines)
 
 
 def update_hosts(name: str, dry_run: bool = False) -> None:
@@ -664,6 +665,8 @@ def run_for(interface: str, command: str) -> str:
 
 def find_client(interface: str) -> "Optional[Client]":
     """Return the DHCP client that has the lease of interface, None if that is none of CLIENTS."""
+    import re  # here, because a VM that has its name already, or only reports Ready, does without
+
     for client in CLIENTS:
         with contextlib.suppress(ProvisioningError):
             if re.search(client.pattern.format(re.escape(interface)), run_for(interface, client.asked)):
@@ -759,7 +762,7 @@ KEY_FIELDS = {
 }
 # A line: perhaps options, then the kind, the base64, and perhaps a comment.
 OPTION = r'[A-Za-z0-9-]+(?:="(?:[^"\\]|\\.)*")?'
-KEY = r"((?:{0}(?:,{0})*\s+)?)({1})\s+(\S+)(?:\s+(.*))?\Z".format(OPTION, "|".join(map(re.escape, KEY_FIELDS)))
+KEY = r"((?:{0}(?:,{0})*\s+)?)({1})\s+([A-Za-z0-9+/]+={{0,2}})(?:\s+(.*))?\Z".format(OPTION, "|".join(KEY_FIELDS))
 
 
 def is_key(kind: str, encoded: str) -> bool:
@@ -767,7 +770,7 @@ def is_key(kind: str, encoded: str) -> bool:
     import binascii
 
     try:
-        blob = binascii.a2b_base64(encoded if re.match(r"[A-Za-z0-9+/]+={0,2}\Z", encoded) else "")
+        blob = binascii.a2b_base64(encoded)
     except ValueError:
         return False
     rest = blob
@@ -784,6 +787,8 @@ def parse_keys(text: str) -> "Tuple[Dict[str, str], List[str]]":
 
     Azure hands on what it was given: several keys in one, lines broken within the base64, ends of lines of all kinds.
     """
+    import re
+
     keys: Dict[str, str] = {}
     rest: List[str] = []
     begun = ""
@@ -828,6 +833,7 @@ def given_keys(instance: Instance) -> "Dict[str, str]":
 def find_user(name: str) -> "Optional[pwd.struct_passwd]":
     """Return the user called name, None if there is none. Raises ProvisioningError if name is not a person's."""
     import pwd
+    import re
 
     if not isinstance(name, str) or not re.match(USER_NAME, name):
         raise ProvisioningError(f"{name!r:.80} cannot be the name of a user")
@@ -967,6 +973,7 @@ def check_sshd(user: "pwd.struct_passwd", passwords_disabled: bool) -> None:
     """
     import fnmatch
     import grp
+    import re
 
     name, home = user.pw_name, user.pw_dir
     try:
@@ -1124,6 +1131,7 @@ def provision(options: Options) -> "List[str]":
 def parse_arguments(arguments: "Sequence[str]") -> Options:
     """Return arguments as options. Exits with status 2 where they are wrong."""
     import argparse  # here, because systemd gives steps alone, and it takes a quarter of what the step ready takes
+    import re
 
     def address(text: str) -> str:
         if not re.match(r"[A-Za-z0-9.-]+(:[0-9]{1,5})?\Z", text) or not 0 < int(text.partition(":")[2] or 80) < 65536:

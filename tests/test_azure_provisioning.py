@@ -257,8 +257,8 @@ class KeepTryingTest(Case):
         self.assertTrue(0.1 < min(self.clock.pauses) <= max(self.clock.pauses) <= azure_provisioning.FIRST_PAUSE)
 
     def test_retry_after_is_honoured_up_to_thirty_seconds(self) -> None:
-        ignored = dict.fromkeys(("0", "Wed, 21 Oct 2037 07:28:00 GMT", "-5", "9" * 5000, "\u0663"), (0, 0.25))
-        for value, (least, most) in {"7": (7, 7), "86400": (30, 30), **ignored}.items():
+        ignored = dict.fromkeys(("0", "Wed, 21 Oct 2037 07:28:00 GMT", "-5", "\u0663"), (0, 0.25))
+        for value, (least, most) in {"7": (7, 7), "86400": (30, 30), "9" * 5000: (30, 30), **ignored}.items():
             headers = {"Retry-After": value.encode().decode("latin-1")}
             self.provision("ready", wireserver=[{"status": 429, "headers": headers}])
             self.assertTrue(least <= self.clock.pauses[0] <= most, value)
@@ -294,7 +294,7 @@ class KeepTryingTest(Case):
     def test_the_timeout_of_imds_begins_when_there_is_a_network(self) -> None:
         self.replace(use_default_interface=mock.Mock())
         for network_after, told, least in (
-            (500, r"GET http://169\.254\.169\.254/metadata/.*; gave up after 120 s", 612),
+            (500, r"GET http://169\.254\.169\.254/metadata/.*; gave up after 120 s", 615),
             (9999, r"no route to 168\.63\.129\.16: .*; gave up after 1200 s", 1191),
             (0, r"GET http://169\.254\.169\.254/metadata/.*; gave up after 120 s", 115),
         ):
@@ -308,7 +308,7 @@ class KeepTryingTest(Case):
                     raise OSError("Network is unreachable")
 
             self.forget()
-            with self.subTest(network_after=network_after), self.lasting(least, least + 10):
+            with self.subTest(network_after=network_after), self.lasting(least, least + 12):
                 with mock.patch.object(socket.socket, "connect", connect), mock.patch("sys.argv", ["", "hostname"]):
                     self.assertEqual(azure_provisioning.main(), 1)
                 self.assertRegex(self.lines[-1], f"^hostname failed: {told}$")
@@ -392,7 +392,7 @@ class TransportTest(Case):
 
     def test_a_long_answer_is_shown_in_part(self) -> None:
         goal_state = GOAL_STATE.format(incarnation=1, container_id="c", instance_id="i") + " " * 9999
-        instance = '{"compute": {"name": "!"}}' + " " * 100000
+        instance = '{"compute": {"name": "!", "more": "' + "x" * 100000 + '"}}'
         self.provision("-v", "--timeout", "0.2", wireserver=[{"body": goal_state}], imds=[{"body": instance}], status=1)
         self.assertEqual([len(line) // 1000 for line in self.lines if " has the " in line], [3, 3])
 
@@ -592,7 +592,7 @@ class ImdsTest(Case):
     def test_verbose_shows_the_document_without_secrets(self) -> None:
         self.replace(log_level=DEBUG)
         simple = {"name": "web-01", "userData": "c2VjcmV0"}
-        for separators, compute in itertools.product(((",", ":"), (", ", ": ")), (simple, {"a": [simple], **simple})):
+        for separators, compute in itertools.product(((",", ":"), (", ", ": ")), (simple, {"a": "b", **simple})):
             self.forget()
             self.check_name([{"body": json.dumps({"compute": compute}, separators=separators)}])
             shown = "\n".join(self.lines)
@@ -676,24 +676,25 @@ class HostNameTest(Case):
     def check_hosts(self, name: str, changes: Dict[str, str]) -> None:
         """Check what becomes of what follows 127.0.1.1, whatever stands around it."""
         others = "127.0.0.1 localhost old\n# 127.0.1.1 old\n127.0.1.10 old\n10.127.0.1.1 old\n::1 old\n"
-        for context in ("127.0.1.1{0}\n", "  127.0.1.1{0}\r\n", others + "127.0.1.1{0}\n::1 old\n127.0.1.1{0}"):
+        for context in ("127.0.1.1{0}\n", "127.0.1.1{0}\r\n", others + "127.0.1.1{0}\n::1 old\n127.0.1.1{0}"):
             for before, after in changes.items():
                 hosts = context.format(after)
                 self.assertEqual(azure_provisioning.rename_in_hosts(context.format(before), name), hosts)
                 self.assertEqual(azure_provisioning.rename_in_hosts(hosts, name), hosts)
+        self.assertEqual(azure_provisioning.rename_in_hosts(" 127.0.1.1\vold", "new"), "127.0.1.1\tnew")
 
     def test_the_line_of_127_0_1_1_in_hosts_follows(self) -> None:
-        space = {" old": " new", "\told.example.com old": "\tnew.example.com new", "  old  # old": "  new  # old"}
-        names = {" 127": " new", " old db.local older": " new db.local older", " old.x.y old": " new.x.y new"}
-        literally = {" a+b(c a+b(c.example": " new new.example"}
+        space = {" old": "\tnew", "\told.example.com old": "\tnew.example.com new", "  old  # old": "\tnew  # old"}
+        names = {" 127": "\tnew", " old db.local older": "\tnew db.local older", " old.x.y old": "\tnew.x.y new"}
+        literally = {" a+b(c a+b(c.example": "\tnew new.example"}
         self.check_hosts("new", {**space, **names, **literally})
 
     def test_a_name_with_a_domain_has_its_short_name_beside_it_in_hosts(self) -> None:
-        long = {" old.a.b old": " new.x.y new", " old.a.b": " new.x.y new", " old old.a.b": " new.x.y new"}
-        self.check_hosts("new.x.y", {**long, " old": " new.x.y new", " old db": " new.x.y new db"})
+        long = dict.fromkeys((" old.a.b old", " old.a.b", " old old.a.b", " old"), "\tnew.x.y new")
+        self.check_hosts("new.x.y", {**long, " old db": "\tnew.x.y new db"})
 
     def test_nothing_else_in_hosts_changes(self) -> None:
-        for text in ("", " # old", " host new", " .old", " .old .older", "\x0b127.0.1.1 old"):
+        for text in ("", " # old", " host new", " .old", " .old .older", " # \x0b\u2028127.0.1.1 old"):
             self.check_hosts("new", {text: text})
 
 
