@@ -187,10 +187,8 @@ def exchange(
     except (OSError, ValueError) as error:
         raise ProvisioningError(f"{asked}: {error!s:.200}") from error
     if not 200 <= status < 300:
-        import re
-
-        # The errors of the WireServer are pages of HTML.
-        detail = " ".join(re.sub("<[^<>]*>", " ", text[:1000]).split()) or reason
+        # The errors of the WireServer are pages of HTML, of which the tags are left out.
+        detail = " ".join(" ".join(part.rpartition(">")[2] for part in text[:1000].split("<")).split()) or reason
         raise ProvisioningError(f"{asked}: status {status} {detail:.200}", status, retry_after)
     return text
 
@@ -258,12 +256,13 @@ def parse_answer(received: bytes, ended: bool) -> "Optional[Tuple[int, str, floa
         if not colon or name.split() != [name]:
             raise ValueError(f"not a header: {line!r:.80}")
         name, value = name.lower(), value.strip(b" \t")
-        fields[name] = fields[name] + b", " + value if name in fields else value
+        if fields.setdefault(name, value) != value and name in (b"content-length", b"transfer-encoding"):
+            raise ValueError(f"contradictory headers: {line!r:.80}")
     length, coding, pause = map(fields.get, (b"content-length", b"transfer-encoding", b"retry-after"))
     body: Optional[bytes]
     if coding is not None:
         if length is not None or coding.lower() != b"chunked":
-            raise ValueError(f"contradictory headers: {fields!s:.100}")
+            raise ValueError(f"contradictory headers, or an encoding that was not asked for: {coding!r:.80}")
         body = join_chunks(rest)
     elif length is not None:
         if not length.isdigit() or len(length) > 15:
@@ -991,26 +990,23 @@ def check_sshd(user: "pwd.struct_passwd", passwords_disabled: bool) -> None:
     def values(setting: str) -> "List[str]":
         return " ".join(re.findall(f"(?mi)^{setting} (.*)", settings)).split()  # in capitals since OpenSSH 10.6
 
-    def fits(setting: str, names: "List[str]") -> bool:
-        patterns = values(setting)
-        if setting.startswith("allow"):  # name@host: one host is enough
-            patterns = [pattern.partition("@")[0] for pattern in patterns]
-        return any(fnmatch.fnmatchcase(one, pattern) for one in names for pattern in patterns)
-
     unwanted = ["PubkeyAuthentication no", *(f"{setting} yes" for setting in PASSWORDS if passwords_disabled)]
     wrong = re.findall("(?mi)^(?:{})$".format("|".join(unwanted)), settings)
-    methods = values("authenticationmethods")
-    if methods and not {"any", "publickey"} & {*methods}:
-        wrong.append(f"authenticationmethods {' '.join(methods)}")
-    files = [path.replace("%h", home).replace("%u", name) for path in values("authorizedkeysfile")]
-    if files and not {".ssh/authorized_keys", f"{home}/.ssh/authorized_keys"} & {*files}:
-        wrong.append(f"authorizedkeysfile {' '.join(files)}")
+    # What has to have one of these, if it is set.
+    needed = {"authenticationmethods": ["any", "publickey"]}
+    needed["authorizedkeysfile"] = [".ssh/authorized_keys", f"{home}/.ssh/authorized_keys"]
+    for setting, wanted in needed.items():
+        found = [word.replace("%h", home).replace("%u", name) for word in values(setting)]
+        if found and not {*found} & {*wanted}:
+            wrong.append(f"{setting} {' '.join(found)}")
     groups = [group.gr_name for group in grp.getgrall() if name in group.gr_mem or group.gr_gid == user.pw_gid]
     for kind, names in (("users", [name]), ("groups", groups)):
-        if values("allow" + kind) and not fits("allow" + kind, names):
-            wrong.append(f"allow{kind} {' '.join(values('allow' + kind))}")
-        if fits("deny" + kind, names):
-            wrong.append(f"deny{kind} {' '.join(values('deny' + kind))}")
+        for setting, is_right in (("allow" + kind, True), ("deny" + kind, False)):
+            # Of NAME@HOST, one host is enough to be allowed.
+            patterns = [word.partition("@")[0] if is_right else word for word in values(setting)]
+            fits = any(fnmatch.fnmatchcase(one, pattern) for one in names for pattern in patterns)
+            if patterns and fits != is_right:
+                wrong.append(f"{setting} {' '.join(values(setting))}")
     if wrong:
         raise ProvisioningError(f"sshd has {', '.join(wrong)}, and keeps {name} out or lets others in: mend the image")
 

@@ -357,7 +357,7 @@ class TransportTest(Case):
             raw(f"{OK}Content-Length: 31\r\n\r\n{text}", keep=True),
         ):
             self.check_name([entry], "web-02")
-        for empty in (OK + "Content-Length: 0\r\n\r\n", "HTTP/1.1 204 No Content\r\n\r\n"):
+        for empty in (OK + "Content-Length: 0\r\nContent-Length: 0\r\n\r\n", "HTTP/1.1 204 No Content\r\n\r\n"):
             self.provision("ready", wireserver=[{"do": "right"}, raw(empty, keep=True)])
             self.assertEqual(self.warnings(), [])
 
@@ -383,7 +383,7 @@ class TransportTest(Case):
     def test_a_refusal_is_told_with_what_was_asked_of_whom_and_what_came_back(self) -> None:
         page = '<!DOCTYPE HTML PUBLIC "-//W3C//DTD HTML 4.01//EN">\r\n<HTML><BODY><h2>Busy</h2>\n</BODY></HTML>'
         pages = {"<Error>no\nversion</Error>": "no version", page: "Busy", "": "Service Unavailable"}
-        for body, told in {**pages, "<" * 500000: "<" * 200, "occup\udce9": "occup\ufffd"}.items():
+        for body, told in {**pages, "<" * 500000: "Service Unavailable", "occup\udce9": "occup\ufffd"}.items():
             started = time.monotonic()
             self.provision("ready", wireserver=[{"status": 503, "body": body}])
             self.assertLess(time.monotonic() - started, 2)
