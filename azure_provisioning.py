@@ -409,7 +409,7 @@ Instance = collections.namedtuple("Instance", "name admin_username public_keys p
 def fetch_instance(address: str, deadline: float, name_is_enough: bool) -> Instance:
     """Return what IMDS at address says of this VM; of one that is too old to tell, its name, if name_is_enough.
 
-    Raises ProvisioningError if it says nothing that makes sense.
+    Whatever else there may be to learn that from has its place here. Raises ProvisioningError if nothing makes sense.
     """
     headers = {"Metadata": "true", "User-Agent": WIRESERVER_HEADERS["User-Agent"]}
     headers["x-ms-client-request-id"] = os.urandom(16).hex()
@@ -799,10 +799,11 @@ def parse_keys(text: str) -> "Tuple[Dict[str, str], List[str]]":
             begun = ""
         begun += line
         found = re.match(KEY, begun) if len(begun) <= KEY_LIMIT else None
-        if found and is_key(found.group(2), found.group(3)):
-            keys.setdefault(found.group(3), " ".join(word.strip() for word in found.groups() if word))
+        options, kind, encoded, comment = found.groups() if found else ("", "", "", "")
+        if found and is_key(kind, encoded):
+            keys.setdefault(encoded, " ".join(filter(None, (options.strip(), kind, encoded, comment))))
             begun = ""
-        elif begun and (not found or found.group(4)):  # without a comment, its base64 may go on in the next line
+        elif begun and (not found or comment):  # without a comment, its base64 may go on in the next line
             rest.append(begun)
             begun = ""
     return keys, [*rest, begun] if begun else rest
