@@ -602,7 +602,8 @@ def rename_in_hosts(text: str, name: str) -> str:
     lines = text.split("\n")
     for number, line in enumerate(lines):
         entry = line.partition("#")[0].rstrip()
-        address, *hosts = entry.split() or [""]
+        address, names = (*entry.split(None, 1), "", "")[:2]
+        hosts = names.split()
         old = hosts[0].partition(".")[0] if hosts else ""
         if address != "127.0.1.1" or not old or name in hosts:
             continue
@@ -615,7 +616,7 @@ def rename_in_hosts(text: str, name: str) -> str:
                 renamed += [name, short]
             else:
                 renamed.append(name + dot + domain)
-        lines[number] = f"{address}\t{' '.join(dict.fromkeys(renamed))}" + line[len(entry) :]
+        lines[number] = entry[: -len(names)] + " ".join(dict.fromkeys(renamed)) + line[len(entry) :]
     return "\n".join(lines)
 
 
