@@ -5,10 +5,10 @@ This is a whole provisioning agent: without arguments it asks the Instance Metad
 the VM was created with, sets it, and then reports Ready to the WireServer. A VM that does not report Ready is declared
 failed by the platform and restarted. On request it also makes the user that the VM was created with.
 
-It runs as root at the first boot of every VM made from an image, before anybody can log in, on a network that is just
-coming up and against services that answer late, wrongly or not at all. So it keeps trying, believes nothing it is told,
-and depends on nothing but Python's standard library, 3.6 or later. It is read from a cold disk and waited for: import
-nothing here that is not needed on the way to Ready.
+It runs as root at the first boot of every VM made from an image, on a network that is just coming up and against
+services that answer late, wrongly or not at all. So it keeps trying, believes nothing it is told, and depends on
+nothing but Python's standard library, 3.6 or later. It is read from a cold disk and waited for: import nothing here
+that is not needed on the way to Ready.
 
 The sections are in the order in which a VM lives them:
 
@@ -17,8 +17,8 @@ The sections are in the order in which a VM lives them:
     IMDS                                 what the VM was created with
     Files and programs, Host name        the name, here and in the files that repeat it
     The lease                            has the DHCP client send a name that was changed: the DNS has it from there
-    The user                             only for those who ask for the step user: install.sh --user
     The steps, and the command line      main() runs the steps in their order
+    The user                             only for those who ask for the step user: install.sh --user
 
 The page it stands in for: https://learn.microsoft.com/azure/virtual-machines/linux/no-agent
 """
@@ -32,10 +32,11 @@ import sys
 import time
 from xml.parsers import expat
 
-TYPE_CHECKING = False  # typing is for mypy alone
+# For mypy alone. So annotations of functions are in quotes; those of variables in them are not evaluated.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import pwd
-    from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar
+    from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar
 
     Result = TypeVar("Result")
 
@@ -87,7 +88,7 @@ def log(priority: int, message: str) -> None:
             stderr = os.fstat(2)
             if os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}":
                 line = f"<{priority}>{line}"
-        os.write(2 if priority <= WARNING else 1, line.encode("utf-8", "backslashreplace"))
+        os.write(2 if priority <= WARNING else 1, line.encode())
 
 
 def printable(text: str) -> str:
@@ -107,7 +108,7 @@ def keep_trying(attempt: "Callable[[float], Result]", timeout: float) -> "Result
     end = time.monotonic() + timeout
     latest = end - LAST_ATTEMPT
     pause = FIRST_PAUSE
-    told, tell_again = "", 0.0
+    last_told, tell_again = "", 0.0
     while True:
         begun = time.monotonic()
         try:
@@ -117,16 +118,16 @@ def keep_trying(attempt: "Callable[[float], Result]", timeout: float) -> "Result
         now = time.monotonic()
         if now >= latest:
             raise ProvisioningError(f"{failure}; gave up after {timeout:g} s")
-        if str(failure) != told or now >= tell_again:
+        if str(failure) != last_told or now >= tell_again:
             log(WARNING, f"{failure}; trying again, for {end - now:.0f} s at most")
-            told, tell_again = str(failure), now + TELL_AGAIN
+            last_told, tell_again = str(failure), now + TELL_AGAIN
 
         import random  # here, because most VMs need it never, and it takes a tenth of what the step ready takes
 
         # Pauses count from the start of an attempt: a service that comes back is found within LONGEST_PAUSE, also when
         # an attempt takes long to fail. They vary by chance, so that VMs started together spread out.
         regular = begun + pause * random.uniform(0.5, 1)
-        soonest = now + FIRST_PAUSE * random.uniform(0.5, 1)
+        soonest = now + FIRST_PAUSE * random.uniform(0.5, 1)  # after an attempt that took longer than its pause
         asked_for = now + min(failure.retry_after, LONGEST_RETRY_AFTER)
         time.sleep(min(max(regular, soonest, asked_for), latest) - now)
         pause = min(pause * 2, LONGEST_PAUSE)
@@ -154,8 +155,8 @@ def exchange(
     if body:
         lines.append(f"Content-Length: {len(body)}")
     request = "".join(line + "\r\n" for line in [*lines, ""]).encode("ascii") + body
-    allowed = min(deadline - time.monotonic(), REQUEST_LIMIT)
-    end = time.monotonic() + allowed
+    begun = time.monotonic()
+    end = min(deadline, begun + REQUEST_LIMIT)
     answer = None
     received = b""
 
@@ -167,7 +168,7 @@ def exchange(
 
     try:
         with socket.socket() as connection:
-            if host in (WIRESERVER, IMDS):
+            if host in (WIRESERVER, IMDS):  # and not one that was given by hand
                 use_default_interface(connection, host)
             connection.settimeout(time_left())
             connection.connect((host, int(port or 80)))
@@ -181,14 +182,17 @@ def exchange(
                     raise ValueError(f"an answer of more than {ANSWER_LIMIT} bytes")
                 answer = parse_answer(received, ended=not piece)
         status, reason, retry_after, content = answer
-        text = content.decode("utf-8-sig", "strict" if 200 <= status < 300 else "replace")
+        is_success = 200 <= status < 300
+        text = content.decode("utf-8-sig", "strict" if is_success else "replace")
     except socket.timeout as error:
-        raise ProvisioningError(f"{asked}: no complete answer within {max(allowed, 0):.2g} s") from error
+        raise ProvisioningError(f"{asked}: no complete answer within {max(end - begun, 0):.2g} s") from error
     except (OSError, ValueError) as error:
         raise ProvisioningError(f"{asked}: {error!s:.200}") from error
-    if not 200 <= status < 300:
-        # The errors of the WireServer are pages of HTML, of which the tags are left out.
-        detail = " ".join(" ".join(part.rpartition(">")[2] for part in text[:1000].split("<")).split()) or reason
+    if not is_success:
+        import re
+
+        # The errors of the WireServer are pages of HTML.
+        detail = " ".join(re.sub("<[^<>]*>", " ", text[:1000]).split()) or reason
         raise ProvisioningError(f"{asked}: status {status} {detail:.200}", status, retry_after)
     return text
 
@@ -196,7 +200,7 @@ def exchange(
 def check_route(address: str) -> None:
     """Raise ProvisioningError while there is no route to address (HOST[:PORT]). Sends nothing."""
     host = address.partition(":")[0]
-    # Where there is no lease yet, a DHCP client may have given the machine an address of the network that IMDS is in.
+    # That to IMDS may be there before there is a lease: a DHCP client may have given itself an address beside it.
     host = WIRESERVER if host == IMDS else host
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -229,7 +233,7 @@ def ipv4_routes() -> "List[Tuple[str, int, int, int]]":
     """Return the interface, destination, mask and metric of each route; see proc_net(5), numbers are little-endian."""
     rows = []
     with contextlib.suppress(OSError), open("/proc/self/net/route", encoding="ascii", errors="replace") as file:
-        rows = [line.split() for line in file][1:]
+        rows = [line.split() for line in file][1:]  # Iface Destination Gateway Flags RefCnt Use Metric Mask ...
     return [
         (name, int(network, 16), int(mask, 16), int(metric)) for name, network, _, _, _, _, metric, mask, *_ in rows
     ]
@@ -286,15 +290,17 @@ def join_chunks(data: bytes) -> "Optional[bytes]":
     body: List[bytes] = []
     position = 0
     while True:
-        start = data.find(b"\r\n", position) + 2
-        if start < 2:
+        line_end = data.find(b"\r\n", position)
+        if line_end == -1:
             return None
-        size = data[position:start].partition(b";")[0].strip()
+        size = data[position:line_end].partition(b";")[0].strip()
         if not 0 < len(size) < 9 or size.strip(b"0123456789abcdefABCDEF"):
-            raise ValueError(f"not a chunk: {data[position:start]!r:.80}")
-        end = start + int(size, 16)
-        if start == end:  # fields may follow the last one, and an empty line does
-            return b"".join(body) if data.find(b"\r\n\r\n", start - 2) >= 0 else None
+            raise ValueError(f"not a chunk: {data[position:line_end]!r:.80}")
+        length = int(size, 16)
+        if length == 0:  # fields may follow it, and an empty line does
+            return b"".join(body) if data.find(b"\r\n\r\n", line_end) >= 0 else None
+        start = line_end + 2
+        end = start + length
         position = end + 2
         if not b"\r\n".startswith(data[end:position]):  # as much of it as is here
             raise ValueError("a chunk is longer than it says")
@@ -330,35 +336,40 @@ READY = "<State>Ready</State>"
 NOT_READY = """<State>NotReady</State>
           <Details><SubStatus>ProvisioningFailed</SubStatus><Description>{}</Description></Details>"""
 
-# Where the goal state has what identifies this VM, under the names that HEALTH_REPORT has.
+# Where the goal state has what identifies this VM, and its names in HEALTH_REPORT.
 IDENTIFIERS = {
-    "incarnation": "GoalState/Incarnation",
-    "container_id": "GoalState/Container/ContainerId",
-    "instance_id": "GoalState/Container/RoleInstanceList/RoleInstance/InstanceId",
+    ("GoalState", "Incarnation"): "incarnation",
+    ("GoalState", "Container", "ContainerId"): "container_id",
+    ("GoalState", "Container", "RoleInstanceList", "RoleInstance", "InstanceId"): "instance_id",
 }
 
 
 def parse_goal_state(text: str) -> "Dict[str, str]":
-    """Return IDENTIFIERS with what text has there. Raises ValueError if it is no goal state, or one without all."""
+    """Return the identifiers of this VM by their names. Raises ValueError if text is no goal state, or lacks one."""
     path: List[str] = []
-    texts: Dict[str, str] = {}  # the first of each; paths are cut below the longest that is wanted
+    goal_state: Dict[str, str] = {}
 
     def refuse(*_: object) -> None:
         raise ValueError("it has a DOCTYPE, and so entities, which can multiply")
+
+    def keep(data: str) -> None:
+        name = IDENTIFIERS.get(tuple(path[:6]))  # 6, for what lies deeper than the longest is none of them
+        if name:
+            goal_state.setdefault(name, data.strip())  # the first of each
 
     parser = expat.ParserCreate("utf-8")
     parser.buffer_text = True
     parser.StartDoctypeDeclHandler = refuse
     parser.StartElementHandler = lambda name, _: path.append(name)
     parser.EndElementHandler = lambda _: path.pop()
-    parser.CharacterDataHandler = lambda data: texts.setdefault("/".join(path[:6]), data.strip())
+    parser.CharacterDataHandler = keep
     try:
         parser.Parse(text, True)
     except expat.ExpatError as error:
         raise ValueError(f"it is not XML: {error}") from error
-    goal_state = {name: texts.get(wanted, "") for name, wanted in IDENTIFIERS.items()}
-    if not all(goal_state.values()):
-        raise ValueError(f"it lacks one of {', '.join(IDENTIFIERS)}")
+    missing = [name for name in IDENTIFIERS.values() if not goal_state.get(name)]
+    if missing:
+        raise ValueError(f"it lacks {', '.join(missing)}")
     return goal_state
 
 
@@ -438,18 +449,18 @@ def parse_instance(text: str) -> Instance:
         resource_name = compute["name"].strip()
         name = (os_profile.get("computerName") or "").strip() or resource_name
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"not an instance document: {type(error).__name__} {error!s:.100}") from error
+        told = f"{type(error).__name__} {error!s:.100}"
+        raise ValueError(f"not an instance document, but {text!r:.60}: {told}") from error
     if not resource_name:
         raise ValueError("an instance document without the name of the VM resource, and so not a whole one")
-    if log_level == DEBUG:
-        document["compute"] = dict(compute, userData="...")  # which may be secret
-        log(DEBUG, f"IMDS has the document {json.dumps(document):.3000}")
     ignored = []
     with contextlib.suppress(TypeError, KeyError):
         if str(document["extended"]["compute"]["hasCustomData"]).lower() == "true":
             ignored.append("custom data")
     if compute.get("userData"):
         ignored.append("user data")
+        compute["userData"] = "..."  # not for the log: it may be secret
+    log(DEBUG, f"IMDS has the document {json.dumps(document):.3000}")
     # A string, but a boolean has been seen, too.
     passwords_disabled = str(os_profile.get("disablePasswordAuthentication")).lower() == "true"
     user, keys = os_profile.get("adminUsername") or "", compute.get("publicKeys") or []
@@ -503,7 +514,7 @@ def run(*command: str, limit: float = COMMAND_LIMIT) -> str:
     except OSError as error:
         raise ProvisioningError(f"{asked}: {error}") from error
     if process.returncode:
-        raise ProvisioningError(f"{asked}: exit status {process.returncode}: {output:.400}")
+        raise ProvisioningError(f"{asked}: exit status {process.returncode}: {output[-400:]}")
     return output
 
 
@@ -538,7 +549,7 @@ def replace_file(path: str, text: str, mode: int = 0o644) -> None:
             os.unlink(temporary)  # a power cut left it
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with open(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            os.fchmod(descriptor, mode)
+            os.fchmod(descriptor, mode)  # whatever the umask is
             file.write(text)
             file.flush()
             os.fsync(descriptor)
@@ -593,7 +604,7 @@ def set_host_name(name: str) -> None:
 
 
 def rename_in_hosts(text: str, name: str) -> str:
-    """Return text, that of ETC_HOSTS, with the host that the line of 127.0.1.1 names renamed to name.
+    """Return text, that of ETC_HOSTS, with the first host of the first line of 127.0.1.1 renamed to name.
 
     Debian's installer writes such a line: https://www.debian.org/doc/manuals/debian-reference/ch05#_the_hostname_resolution
     The host keeps its domain, unless name has one, and its short name; other names on that line stay.
@@ -604,9 +615,11 @@ def rename_in_hosts(text: str, name: str) -> str:
         entry = line.partition("#")[0].rstrip()
         address, names = (*entry.split(None, 1), "", "")[:2]
         hosts = names.split()
-        old = hosts[0].partition(".")[0] if hosts else ""
-        if address != "127.0.1.1" or not old or name in hosts:
+        if address != "127.0.1.1" or not hosts:
             continue
+        if name in hosts:
+            break
+        old = hosts[0].partition(".")[0]
         renamed: List[str] = []
         for host in hosts:
             label, dot, domain = host.partition(".")
@@ -617,6 +630,7 @@ def rename_in_hosts(text: str, name: str) -> str:
             else:
                 renamed.append(name + dot + domain)
         lines[number] = entry[: -len(names)] + " ".join(dict.fromkeys(renamed)) + line[len(entry) :]
+        break
     return "\n".join(lines)
 
 
@@ -632,28 +646,31 @@ def update_hosts(name: str, dry_run: bool = False) -> None:
 
 # The lease: the virtual network's DNS learns the name from a DHCP client that asks again, and leases there never end.
 
-RENEWAL_LIMIT = 8.0  # seconds, also for each of the commands below
+RENEWAL_LIMIT = 8.0  # seconds for each of the commands below, none of which waits longer, and for what they bring about
 
-# A DHCP client, as its manual tells; {} is the interface. It has the lease if what `asked` prints has the pattern. The
-# commands make it ask again under the new name, and wait for the answer; where none of them waits, the file of the
-# lease tells. Whoever adds one: install.sh knows what each leaves behind and what binds it to one machine, tests/vm.py
-# how it is set up, and the README names it.
+# A DHCP client, as its manual tells; {} is the interface. Of the fields,
+#   asked     is a command, which prints
+#   pattern   if the client has the lease of the interface,
+#   commands  make it ask again under the new name, and wait for the answer,
+#   lease     is a file that is written then, where none of them waits.
+# Whoever adds one: install.sh knows what each leaves behind and what binds it to one machine, tests/vm.py how it is set
+# up, and the README names it.
 Client = collections.namedtuple("Client", "asked pattern commands lease")
 CLIENTS = (
-    Client(  # not `networkctl renew`, which does not send the name
+    # systemd-networkd. Its `networkctl renew` does not send the name.
+    Client(
         "networkctl --no-pager status {}",
         r"\(DHCP",
         ("networkctl reconfigure {}", "/lib/systemd/systemd-networkd-wait-online --interface={} --timeout=8"),
         "",
     ),
-    Client(  # not `nmcli device reapply`, which does not send the name
-        "nmcli --get-values DHCP4.OPTION device show {}", ".", ("nmcli --wait 7 device connect {}",), ""
-    ),
-    # ifupdown's, which has no unit of its own: one that we started by ifup would die with ours.
+    # NetworkManager. Its `nmcli device reapply` does not send the name.
+    Client("nmcli --get-values DHCP4.OPTION device show {}", ".", ("nmcli --wait 7 device connect {}",), ""),
+    # dhclient of ifupdown, which has no unit of its own: one that we started by ifup would die with ours.
     Client(
         "systemctl --no-pager --full status", r"(?m)\bdhclient .* {}$", ("systemctl restart networking.service",), ""
     ),
-    # Keep this the last: where dhcpcd does not run, to ask it logs an error.
+    # dhcpcd. Keep it the last: where it does not run, to ask it logs an error.
     Client("dhcpcd --dumplease {}", "ip_address=", ("dhcpcd --renew {}",), "/var/lib/dhcpcd/{}.lease"),
 )
 
@@ -665,11 +682,11 @@ def run_for(interface: str, command: str) -> str:
 
 def find_client(interface: str) -> "Optional[Client]":
     """Return the DHCP client that has the lease of interface, None if that is none of CLIENTS."""
-    import re  # here, because a VM that has its name already, or only reports Ready, does without
+    import re
 
     for client in CLIENTS:
         with contextlib.suppress(ProvisioningError):
-            if re.search(client.pattern.format(re.escape(interface)), run_for(interface, client.asked)):
+            if re.search(client.pattern.replace("{}", re.escape(interface)), run_for(interface, client.asked)):
                 return client
     return None
 
@@ -718,23 +735,171 @@ def publish_host_name(name: str, dry_run: bool = False) -> None:
         log(INFO, f"would publish {name} by {command}")
         return
     started = time.monotonic()
-    for is_last in (False, True):  # once more if the first has taken the network away: clients that hang have been seen
+    # Clients that hang and have taken the network away have been seen.
+    for level, what_next in ((WARNING, "trying again"), (ERROR, advice)):
         trouble = ""
         try:
             renew(client, interface)
         except ProvisioningError as error:
             trouble = str(error)
         if wait_until(lambda: default_interface() == interface):
-            if trouble:
-                log(WARNING, f"{trouble}; {advice}")
+            break
+        log(level, f"{interface} has no default route after {trouble or command}; {what_next}")
+    else:
+        return
+    if trouble:
+        log(WARNING, f"{trouble}; {advice}")
+    else:
+        log(INFO, f"published {name} by {command}, after {time.monotonic() - started:.1f} s")
+
+
+# The steps, in the order in which a VM lives them, and the command line.
+
+
+class Options:
+    """The command line; the values here are those of a run without arguments."""
+
+    steps: "Sequence[str]" = ("hostname", "ready")
+    dry_run = False
+    verbose = False
+    fail: "Optional[str]" = None
+    wireserver = WIRESERVER
+    imds = IMDS
+    wireserver_timeout = WIRESERVER_TIMEOUT
+    imds_timeout: "Optional[float]" = None  # which depends on the steps
+    timeout: "Optional[float]" = None  # for both, where it is given
+
+
+def hostname_step(options: Options, instance: Instance) -> None:
+    """Give the VM the name it was created with. Raises ProvisioningError."""
+    name = valid_host_name(instance.name)
+    if host_name_is(name):
+        log(INFO, f"the host name is {name} already")
+    else:
+        old_name = os.uname().nodename
+        if options.dry_run:
+            log(INFO, f"would set the host name to {name}, now it is {old_name}")
+        else:
+            set_host_name(name)
+            log(INFO, f"set the host name to {name}, it was {old_name}")
+        publish_host_name(name, options.dry_run)
+    update_hosts(name, options.dry_run)
+
+
+def ready_step(options: Options, failure: "Optional[str]") -> None:
+    """Report that the VM is ready, or the failure that keeps it from that. Raises ProvisioningError."""
+    keep_trying(
+        lambda deadline: report_health(options.wireserver, deadline, failure, options.dry_run),
+        options.wireserver_timeout,
+    )
+
+
+# Ready comes last, for it is a promise: who is told that the VM is ready finds it under its name, and can log in.
+STEPS = ("hostname", "user", "ready")
+
+
+def provision(options: Options) -> "Dict[str, str]":
+    """Run the steps, and return why those that failed did. One that fails does not keep the next from running.
+
+    A name that could not be set keeps nobody out. A user that could not be made does, and so is reported to Azure.
+    """
+    failures: Dict[str, str] = {}
+    instance: Optional[Instance] = None
+    no_instance: Optional[Exception] = None
+    if set(options.steps) != {"ready"}:
+        timeout = options.imds_timeout or (IMDS_TIMEOUT_FOR_USER if "user" in options.steps else IMDS_TIMEOUT)
+        name_is_enough = "user" not in options.steps
+        try:
+            # The timeout of IMDS begins when there is a network.
+            keep_trying(lambda _: check_route(options.imds), options.wireserver_timeout)
+            instance = keep_trying(lambda deadline: fetch_instance(options.imds, deadline, name_is_enough), timeout)
+            for what in instance.ignored:
+                log(WARNING, f"the VM was created with {what}, which nothing here reads")
+        except Exception as error:
+            no_instance = error
+    for step in STEPS:
+        if step not in options.steps:
+            continue
+        try:
+            if step == "ready":
+                ready_step(options, failures.get("user", options.fail))
+            elif not instance:
+                raise no_instance or AssertionError
+            elif step == "user":
+                user_step(options, instance)
             else:
-                log(INFO, f"published {name} by {command}, after {time.monotonic() - started:.1f} s")
-            return
-        gone = f"{interface} has no default route after {trouble or command}"
-        log(ERROR if is_last else WARNING, f"{gone}; {advice if is_last else 'trying again'}")
+                hostname_step(options, instance)
+        except Exception as error:  # no bug of ours is to keep Azure from hearing of the VM, either
+            failures[step] = f"{step} failed: {error if isinstance(error, ProvisioningError) else repr(error)}"
+            log(ERROR, failures[step])
+    return failures
 
 
-# The user that the VM was created with.
+def parse_arguments(arguments: "Sequence[str]") -> Options:
+    """Return arguments as options. Exits with status 2 where they are wrong."""
+    import argparse  # here, because systemd gives steps alone, and it takes a quarter of what the step ready takes
+    import re
+
+    def address(text: str) -> str:
+        if not re.match(r"[A-Za-z0-9.-]+(:[0-9]{1,5})?\Z", text) or not 0 < int(text.partition(":")[2] or 80) < 65536:
+            raise ValueError
+        return text
+
+    def seconds(text: str) -> float:
+        if not 0 < float(text) < float("inf"):
+            raise ValueError
+        return float(text)
+
+    parser = argparse.ArgumentParser(
+        prog="azure-provisioning",
+        description="Give this Azure VM the host name and the user that it was created with, and report it ready.",
+        epilog="Exit status: 0 done, 1 a step failed, 2 usage.",
+    )
+    add = parser.add_argument
+    add("--version", action="version", version="%(prog)s " + __version__)
+    add("-v", "--verbose", action="store_true", help="show the services' answers")
+    add("-n", "--dry-run", action="store_true", help="ask both services, but change nothing and report nothing")
+    add("--wireserver", type=address, metavar="HOST[:PORT]", help="instead of " + WIRESERVER)
+    add("--imds", type=address, metavar="HOST[:PORT]", help="instead of " + IMDS)
+    limits = f"{WIRESERVER_TIMEOUT:g}, for IMDS {IMDS_TIMEOUT:g}, or {IMDS_TIMEOUT_FOR_USER:g} with the step user"
+    add("--timeout", type=seconds, metavar="SECONDS", help=f"how long to keep trying each service (default: {limits})")
+    add("--fail", metavar="REASON", help="report that provisioning failed, instead of running steps")
+    steps = ", ".join(STEPS)
+    default = " ".join(Options.steps)
+    add("steps", nargs="*", metavar="STEP", help=f"{steps}, always in this order (default: {default})")
+    options = parser.parse_args(arguments, namespace=Options())
+    for step in options.steps:
+        if step not in STEPS:
+            parser.error(f"no such step: {step!r} (there are {steps})")
+    if options.steps and options.fail is not None:
+        parser.error("--fail replaces the steps: name none")
+    options.steps = ("ready",) if options.fail is not None else options.steps or Options.steps
+    if options.timeout:
+        options.wireserver_timeout = options.imds_timeout = options.timeout
+    return options
+
+
+def main(arguments: "Optional[Sequence[str]]" = None) -> int:
+    """Run the steps and return the exit status: 0 done, 1 a step failed. Usage errors exit with 2."""
+    global log_level
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = Options()
+    if set(arguments) <= set(STEPS):
+        options.steps = arguments or options.steps
+    else:
+        options = parse_arguments(arguments)
+    log_level = DEBUG if options.verbose else INFO
+    failures = provision(options)
+    if failures and "ready" in options.steps and not options.dry_run:
+        if "ready" in failures:
+            knows = "got no report, and will declare this VM failed"
+        else:
+            knows = "was told that provisioning failed" if "user" in failures else "was told Ready"
+        log(ERROR, f"Azure {knows}; the unit, if it is enabled, does all of this again at the next boot")
+    return 1 if failures else 0
+
+
+# The user that the VM was created with: only for those who ask for the step user.
 
 USER_NAME = r"(?![0-9]+\Z)[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}\Z"
 ADMINISTRATORS = ("sudo", "wheel", "adm")  # the groups, of which each distribution has some
@@ -762,7 +927,41 @@ KEY_FIELDS = {
 }
 # A line: perhaps options, then the kind, the base64, and perhaps a comment.
 OPTION = r'[A-Za-z0-9-]+(?:="(?:[^"\\]|\\.)*")?'
-KEY = r"((?:{0}(?:,{0})*\s+)?)({1})\s+([A-Za-z0-9+/]+={{0,2}})(?:\s+(.*))?\Z".format(OPTION, "|".join(KEY_FIELDS))
+KIND = "|".join(KEY_FIELDS).replace(".", "[.]")
+KEY = rf"((?:{OPTION}(?:,{OPTION})*\s+)?)({KIND})\s+([A-Za-z0-9+/]+={{0,2}})(?:\s+(.*))?\Z"
+
+
+def user_step(options: Options, instance: Instance) -> None:
+    """Make the user that the VM was created with, and let it in with its keys. Raises ProvisioningError."""
+    import grp
+
+    name = instance.admin_username
+    if not name:
+        log(INFO, "the VM was created without a user: nothing to do")
+        return
+    user = find_user(name)  # not yet to be used: undo_unfinished_users() may remove it
+    keys = given_keys(instance)
+    if not keys:
+        log(WARNING, f"the VM was created without an SSH key for {name}, and IMDS has no passwords: it is not made")
+        return
+    if options.dry_run:
+        log(INFO, f"would {'keep' if user else 'make'} the user {name}, SSH keys: {len(keys)}")
+        return
+    undo_unfinished_users()
+    groups = {group.gr_name: group.gr_mem for group in grp.getgrall() if group.gr_name in ADMINISTRATORS}
+    if not find_user(name):
+        make_user(name, sorted(groups))
+        log(INFO, f"made the user {name}")
+    elif any(name not in members for members in groups.values()):
+        run("usermod", "--append", "--groups", ",".join(sorted(groups)), "--", name)
+    user = find_user(name)
+    if not user:
+        raise ProvisioningError(f"there is no user {name} after useradd made it")
+    with as_user(user):
+        add_keys(user.pw_dir, keys)
+    allow_sudo(user)
+    open_sshd(user, instance.passwords_disabled)
+    log(INFO, f"{name} can log in, SSH keys: {len(keys)}")
 
 
 def is_key(kind: str, encoded: str) -> bool:
@@ -785,7 +984,8 @@ def is_key(kind: str, encoded: str) -> bool:
 def parse_keys(text: str) -> "Tuple[Dict[str, str], List[str]]":
     """Return the SSH keys in text, as lines of sshd(8)'s authorized_keys by their base64, and what in it is no key.
 
-    Azure hands on what it was given: several keys in one, lines broken within the base64, ends of lines of all kinds.
+    Azure hands on what it was given: several keys in one, ends of lines of all kinds, lines broken within the base64.
+    So what begins like a key is one, or goes on in the next line, or, where it has a comment already, is none.
     """
     import re
 
@@ -891,10 +1091,9 @@ def make_user(name: str, groups: "Sequence[str]") -> None:
     shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
     mark = UNFINISHED if os.path.lexists(home) else UNFINISHED_HOME
     options = ["--no-log-init", "--create-home", "--home-dir", home, "--shell", shell, "--groups", ",".join(groups)]
-    # "*", for without UsePAM sshd keeps out whose password is locked by "!". And no password cannot be too old.
+    # "*", for without UsePAM sshd keeps out whose password is locked by "!". And what is no password must not expire.
     options += ["--password", "*", "--key", "PASS_MAX_DAYS=-1"]
-    with contextlib.suppress(KeyError):
-        grp.getgrnam(name)  # of a package, say: useradd would refuse to make its own
+    if name in [group.gr_name for group in grp.getgrall()]:  # of a package, say: useradd would refuse to make its own
         options.append("--no-user-group")
     try:
         run("useradd", "--comment", mark, *options, "--", name)
@@ -992,201 +1191,28 @@ def check_sshd(user: "pwd.struct_passwd", passwords_disabled: bool) -> None:
     def values(setting: str) -> "List[str]":
         return " ".join(re.findall(f"(?mi)^{setting} (.*)", settings)).split()  # in capitals since OpenSSH 10.6
 
-    unwanted = ["PubkeyAuthentication no", *(f"{setting} yes" for setting in PASSWORDS if passwords_disabled)]
-    wrong = re.findall("(?mi)^(?:{})$".format("|".join(unwanted)), settings)
-    # What has to have one of these, if it is set.
-    needed = {"authenticationmethods": ["any", "publickey"]}
-    needed["authorizedkeysfile"] = [".ssh/authorized_keys", f"{home}/.ssh/authorized_keys"]
-    for setting, wanted in needed.items():
-        found = [word.replace("%h", home).replace("%u", name) for word in values(setting)]
-        if found and not {*found} & {*wanted}:
-            wrong.append(f"{setting} {' '.join(found)}")
+    def fits(names: "List[str]", patterns: "List[str]") -> bool:
+        return any(fnmatch.fnmatchcase(one, pattern) for one in names for pattern in patterns)
+
+    wrong = [setting for setting in PASSWORDS if passwords_disabled and values(setting) == ["yes"]]
+    if values("PubkeyAuthentication") == ["no"]:
+        wrong.append("PubkeyAuthentication")
+    methods = values("AuthenticationMethods")
+    if methods and not {"any", "publickey"} & {*methods}:
+        wrong.append("AuthenticationMethods")
+    files = [path.replace("%h", home).replace("%u", name) for path in values("AuthorizedKeysFile")]
+    if files and not {".ssh/authorized_keys", f"{home}/.ssh/authorized_keys"} & {*files}:
+        wrong.append("AuthorizedKeysFile")
     groups = [group.gr_name for group in grp.getgrall() if name in group.gr_mem or group.gr_gid == user.pw_gid]
-    for kind, names in (("users", [name]), ("groups", groups)):
-        for setting, is_right in (("allow" + kind, True), ("deny" + kind, False)):
-            # Of NAME@HOST, one host is enough to be allowed.
-            patterns = [word.partition("@")[0] if is_right else word for word in values(setting)]
-            fits = any(fnmatch.fnmatchcase(one, pattern) for one in names for pattern in patterns)
-            if patterns and fits != is_right:
-                wrong.append(f"{setting} {' '.join(values(setting))}")
+    for kind, names in (("Users", [name]), ("Groups", groups)):
+        allowed = [pattern.partition("@")[0] for pattern in values("Allow" + kind)]  # NAME@HOST: one host is enough
+        if allowed and not fits(names, allowed):
+            wrong.append("Allow" + kind)
+        if fits(names, values("Deny" + kind)):
+            wrong.append("Deny" + kind)
     if wrong:
-        raise ProvisioningError(f"sshd has {', '.join(wrong)}, and keeps {name} out or lets others in: mend the image")
-
-
-# The steps, in the order in which a VM lives them, and the command line.
-
-
-class Options:
-    """The command line; the values here are those of a run without arguments."""
-
-    steps: "Sequence[str]" = ("hostname", "ready")
-    dry_run = False
-    verbose = False
-    fail: "Optional[str]" = None
-    wireserver = WIRESERVER
-    imds = IMDS
-    wireserver_timeout = WIRESERVER_TIMEOUT
-    imds_timeout: "Optional[float]" = None  # which depends on the steps
-    timeout: "Optional[float]" = None  # for both, where it is given
-
-
-def hostname_step(options: Options, instance: Instance) -> None:
-    """Give the VM the name it was created with. Raises ProvisioningError."""
-    name = valid_host_name(instance.name)
-    if host_name_is(name):
-        log(INFO, f"the host name is {name} already")
-    else:
-        old_name = os.uname().nodename
-        if options.dry_run:
-            log(INFO, f"would set the host name to {name}, now it is {old_name}")
-        else:
-            set_host_name(name)
-            log(INFO, f"set the host name to {name}, it was {old_name}")
-        publish_host_name(name, options.dry_run)
-    update_hosts(name, options.dry_run)
-
-
-def user_step(options: Options, instance: Instance) -> None:
-    """Make the user that the VM was created with, and let it in with its keys. Raises ProvisioningError."""
-    import grp
-
-    name = instance.admin_username
-    if not name:
-        log(INFO, "the VM was created without a user: nothing to do")
-        return
-    user = find_user(name)
-    keys = given_keys(instance)
-    if not keys:
-        log(WARNING, f"the VM was created without an SSH key for {name}, and IMDS has no passwords: it is not made")
-        return
-    if options.dry_run:
-        log(INFO, f"would {'keep' if user else 'make'} the user {name}, SSH keys: {len(keys)}")
-        return
-    undo_unfinished_users()
-    groups = {group.gr_name: group.gr_mem for group in grp.getgrall() if group.gr_name in ADMINISTRATORS}
-    if not find_user(name):
-        make_user(name, sorted(groups))
-        log(INFO, f"made the user {name}")
-    elif any(name not in members for members in groups.values()):
-        run("usermod", "--append", "--groups", ",".join(sorted(groups)), "--", name)
-    user = find_user(name)
-    if not user:
-        raise ProvisioningError(f"there is no user {name} after useradd made it")
-    with as_user(user):
-        add_keys(user.pw_dir, keys)
-    allow_sudo(user)
-    open_sshd(user, instance.passwords_disabled)
-    log(INFO, f"{name} can log in, SSH keys: {len(keys)}")
-
-
-def ready_step(options: Options, _: object) -> None:
-    """Report that the VM is ready, or why it is not. Raises ProvisioningError."""
-    keep_trying(
-        lambda deadline: report_health(options.wireserver, deadline, options.fail, options.dry_run),
-        options.wireserver_timeout,
-    )
-
-
-# Ready comes last, for it is a promise: who is told that the VM is ready finds it under its name, and can log in.
-STEPS: "Dict[str, Callable[[Options, Any], None]]" = {"hostname": hostname_step, "user": user_step, "ready": ready_step}
-
-
-def provision(options: Options) -> "List[str]":
-    """Run the steps and return those that failed. One that fails does not keep the next from running.
-
-    A name that could not be set keeps nobody out. A user that could not be made does, and so is reported to Azure.
-    """
-    failed: List[str] = []
-    instance: Optional[Instance] = None
-    no_instance: Optional[Exception] = None
-    if set(options.steps) != {"ready"}:
-        timeout = options.imds_timeout or (IMDS_TIMEOUT_FOR_USER if "user" in options.steps else IMDS_TIMEOUT)
-        try:
-            # The timeout of IMDS begins when there is a network.
-            keep_trying(lambda _: check_route(options.imds), options.wireserver_timeout)
-            instance = keep_trying(
-                lambda deadline: fetch_instance(options.imds, deadline, "user" not in options.steps), timeout
-            )
-            for what in instance.ignored:
-                log(WARNING, f"the VM was created with {what}, which nothing here reads")
-        except Exception as error:
-            no_instance = error
-    for name, step in STEPS.items():
-        if name in options.steps:
-            try:
-                if no_instance and name != "ready":
-                    raise no_instance
-                step(options, instance)
-            except Exception as error:  # no bug of ours is to keep Azure from hearing of the VM, either
-                told = f"{name} failed: {error if isinstance(error, ProvisioningError) else repr(error)}"
-                log(ERROR, told)
-                failed.append(name)
-                if name == "user":
-                    options.fail = told
-    return failed
-
-
-def parse_arguments(arguments: "Sequence[str]") -> Options:
-    """Return arguments as options. Exits with status 2 where they are wrong."""
-    import argparse  # here, because systemd gives steps alone, and it takes a quarter of what the step ready takes
-    import re
-
-    def address(text: str) -> str:
-        if not re.match(r"[A-Za-z0-9.-]+(:[0-9]{1,5})?\Z", text) or not 0 < int(text.partition(":")[2] or 80) < 65536:
-            raise ValueError
-        return text
-
-    def seconds(text: str) -> float:
-        if not 0 < float(text) < float("inf"):
-            raise ValueError
-        return float(text)
-
-    parser = argparse.ArgumentParser(
-        prog="azure-provisioning",
-        description="Give this Azure VM the host name and the user that it was created with, and report it ready.",
-        epilog="Exit status: 0 done, 1 a step failed, 2 usage.",
-    )
-    add = parser.add_argument
-    add("--version", action="version", version="%(prog)s " + __version__)
-    add("-v", "--verbose", action="store_true", help="show the services' answers")
-    add("-n", "--dry-run", action="store_true", help="ask both services, but change nothing and report nothing")
-    add("--wireserver", type=address, metavar="HOST[:PORT]", help="instead of " + WIRESERVER)
-    add("--imds", type=address, metavar="HOST[:PORT]", help="instead of " + IMDS)
-    limits = f"{WIRESERVER_TIMEOUT:g}, for IMDS {IMDS_TIMEOUT:g}, or {IMDS_TIMEOUT_FOR_USER:g} with the step user"
-    add("--timeout", type=seconds, metavar="SECONDS", help=f"how long to keep trying each service (default: {limits})")
-    add("--fail", metavar="REASON", help="report that provisioning failed, instead of running steps")
-    steps = ", ".join(STEPS)
-    default = " ".join(Options.steps)
-    add("steps", nargs="*", metavar="STEP", help=f"{steps}, always in this order (default: {default})")
-    options = parser.parse_args(arguments, namespace=Options())
-    for step in options.steps:
-        if step not in STEPS:
-            parser.error(f"no such step: {step!r} (there are {steps})")
-    if options.steps and options.fail is not None:
-        parser.error("--fail replaces the steps: name none")
-    options.steps = ("ready",) if options.fail is not None else options.steps or Options.steps
-    if options.timeout:
-        options.wireserver_timeout = options.imds_timeout = options.timeout
-    return options
-
-
-def main(arguments: "Optional[Sequence[str]]" = None) -> int:
-    """Run the steps and return the exit status: 0 done, 1 a step failed. Usage errors exit with 2."""
-    global log_level
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = Options()
-    if set(arguments) <= set(STEPS):
-        options.steps = arguments or options.steps
-    else:
-        options = parse_arguments(arguments)
-    log_level = DEBUG if options.verbose else INFO
-    failed = provision(options)
-    if failed and "ready" in options.steps and not options.dry_run:
-        knows = "was told Ready" if options.fail is None else "was told that provisioning failed"
-        if "ready" in failed:
-            knows = "got no report, and will declare this VM failed"
-        log(ERROR, f"Azure {knows}; the unit, if it is enabled, does all of this again at the next boot")
-    return 1 if failed else 0
+        told = ", ".join(" ".join([setting, *values(setting)]) for setting in wrong)
+        raise ProvisioningError(f"sshd has {told}, and keeps {name} out or lets others in: mend the image")
 
 
 if __name__ == "__main__":
