@@ -18,7 +18,7 @@ The sections are in the order in which a VM lives them:
     Files and programs, Host name        the name, here and in the files that repeat it
     The lease                            has the DHCP client send a name that was changed: the DNS has it from there
     The steps, and the command line      main() runs the steps in their order
-    The user                             only for those who ask for the step user: install.sh --user
+    The user                             for those who ask for it (install.sh --user); nobody else passes through it
 
 The page it stands in for: https://learn.microsoft.com/azure/virtual-machines/linux/no-agent
 """
@@ -202,11 +202,11 @@ def check_route(address: str) -> None:
     host = address.partition(":")[0]
     # That to IMDS may be there before there is a lease: a DHCP client may have given itself an address beside it.
     host = WIRESERVER if host == IMDS else host
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, 80))
-        except OSError as error:
-            raise ProvisioningError(f"no route to {host}: {error}") from error
+    except OSError as error:
+        raise ProvisioningError(f"no route to {host}: {error}") from error
 
 
 def use_default_interface(connection: socket.socket, host: str) -> None:
@@ -411,7 +411,8 @@ def report_health(address: str, deadline: float, failure: "Optional[str]" = None
 # https://github.com/Azure/azure-init/issues/134
 INSTANCE = "/metadata/instance?api-version=2021-08-01&extended=true"
 OLD_NAME = "/metadata/instance/compute/name?api-version=2019-06-01&format=text"  # as the documentation's sample asks
-NAME_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")  # of VM resources
+OLD_IMDS_AFTER = 10.0  # seconds in which a 400 need not mean that it is old
+HOST_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.-")  # see hostname(7)
 
 # admin_username and public_keys are as they came, for the step user to judge. ignored is what we do nothing with.
 Instance = collections.namedtuple("Instance", "name admin_username public_keys passwords_disabled ignored")
@@ -430,6 +431,7 @@ def fetch_instance(address: str, deadline: float, name_is_enough: bool) -> Insta
         except ProvisioningError as error:
             if error.status != 400 or not name_is_enough:  # 400: it does not know this version (Azure Stack Hub)
                 raise
+            log(WARNING, f"{error}; taking the name of the VM resource from this old IMDS")
             return parse_old_name(exchange(address, deadline, "GET", OLD_NAME, headers))
     except ValueError as error:
         raise ProvisioningError(f"GET http://{address}/metadata/instance: {error}") from error
@@ -470,7 +472,7 @@ def parse_instance(text: str) -> Instance:
 def parse_old_name(text: str) -> Instance:
     """Return what an old IMDS tells, the name alone. Raises ValueError if text is no name."""
     name = text.strip()
-    if not name or not NAME_CHARACTERS.issuperset(name):
+    if not name or not HOST_CHARACTERS.issuperset(name.replace("_", "-")):
         raise ValueError(f"compute/name is no name: {name!r:.80}")
     return Instance(name, "", [], False, [])
 
@@ -480,7 +482,7 @@ def valid_host_name(name: str) -> str:
 
     VM resources may be called web_01, hosts may not.
     """
-    labels = "".join(char if char in NAME_CHARACTERS - {"_"} else "-" for char in name)[:64].split(".")
+    labels = "".join(char if char in HOST_CHARACTERS else "-" for char in name[:64]).split(".")
     valid = ".".join(filter(None, (label.strip("-")[:63].rstrip("-") for label in labels)))
     if not valid:
         raise ProvisioningError(f"nothing of {name!r:.80} can be a host name")
@@ -491,6 +493,7 @@ def valid_host_name(name: str) -> str:
 
 COMMAND_LIMIT = 15.0  # seconds
 FILE_LIMIT = 1 << 22  # characters
+SELINUX_LABEL = "security.selinux"
 SELINUX = ("/sys/fs/selinux/enforce", "/etc/selinux/config")  # both are there where it is on and has a policy
 
 
@@ -542,6 +545,7 @@ def replace_file(path: str, text: str, mode: int = 0o644) -> None:
     """
     path = os.path.realpath(path)
     temporary = path + ".azure-provisioning"
+    has_label = False
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # what a link to /dev/null, say, leads to
             raise OSError("not a regular file")
@@ -550,6 +554,10 @@ def replace_file(path: str, text: str, mode: int = 0o644) -> None:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with open(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             os.fchmod(descriptor, mode)  # whatever the umask is
+            with contextlib.suppress(OSError):  # no such file yet, or no labels here
+                label = os.getxattr(path, SELINUX_LABEL)  # which a rename would leave behind
+                os.setxattr(descriptor, SELINUX_LABEL, label)
+                has_label = True
             file.write(text)
             file.flush()
             os.fsync(descriptor)
@@ -563,7 +571,8 @@ def replace_file(path: str, text: str, mode: int = 0o644) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise ProvisioningError(f"write {path}: {error}") from error
-    restore_label(path)  # a new file has that of its directory
+    if not has_label:
+        restore_label(path)
 
 
 def restore_label(path: str) -> None:
@@ -808,11 +817,15 @@ def provision(options: Options) -> "Dict[str, str]":
     no_instance: Optional[Exception] = None
     if set(options.steps) != {"ready"}:
         timeout = options.imds_timeout or (IMDS_TIMEOUT_FOR_USER if "user" in options.steps else IMDS_TIMEOUT)
-        name_is_enough = "user" not in options.steps
+
+        def attempt(deadline: float) -> Instance:
+            is_late = time.monotonic() > deadline - timeout + OLD_IMDS_AFTER
+            return fetch_instance(options.imds, deadline, name_is_enough=is_late and "user" not in options.steps)
+
         try:
-            # The timeout of IMDS begins when there is a network.
-            keep_trying(lambda _: check_route(options.imds), options.wireserver_timeout)
-            instance = keep_trying(lambda deadline: fetch_instance(options.imds, deadline, name_is_enough), timeout)
+            # Its timeout begins when there is a network, if that comes in time for both IMDS and the report.
+            keep_trying(lambda _: check_route(options.imds), max(options.wireserver_timeout - timeout, timeout))
+            instance = keep_trying(attempt, timeout)
             for what in instance.ignored:
                 log(WARNING, f"the VM was created with {what}, which nothing here reads")
         except Exception as error:
@@ -913,22 +926,6 @@ SSHD = "/usr/sbin/sshd"
 SSHD_DROP_IN = "/etc/ssh/sshd_config.d/10-azure-provisioning.conf"  # sshd takes the first value that it reads
 # What makes sshd take passwords; the third is what the second was called before OpenSSH 8.7.
 PASSWORDS = ("PasswordAuthentication", "KbdInteractiveAuthentication", "ChallengeResponseAuthentication")
-KEY_LIMIT = 1 << 13  # characters; older sshds read no longer lines
-
-# What sshd takes as a key, and of how many fields each consists: RFC 4253, 5656 and 8709, and OpenSSH's PROTOCOL.u2f
-KEY_FIELDS = {
-    "ssh-rsa": 3,
-    "ssh-ed25519": 2,
-    "ecdsa-sha2-nistp256": 3,
-    "ecdsa-sha2-nistp384": 3,
-    "ecdsa-sha2-nistp521": 3,
-    "sk-ssh-ed25519@openssh.com": 3,
-    "sk-ecdsa-sha2-nistp256@openssh.com": 4,
-}
-# A line: perhaps options, then the kind, the base64, and perhaps a comment.
-OPTION = r'[A-Za-z0-9-]+(?:="(?:[^"\\]|\\.)*")?'
-KIND = "|".join(KEY_FIELDS).replace(".", "[.]")
-KEY = rf"((?:{OPTION}(?:,{OPTION})*\s+)?)({KIND})\s+([A-Za-z0-9+/]+={{0,2}})(?:\s+(.*))?\Z"
 
 
 def user_step(options: Options, instance: Instance) -> None:
@@ -962,6 +959,26 @@ def user_step(options: Options, instance: Instance) -> None:
     allow_sudo(user)
     open_sshd(user, instance.passwords_disabled)
     log(INFO, f"{name} can log in, SSH keys: {len(keys)}")
+
+
+# The user's keys.
+
+KEY_LIMIT = 1 << 13  # characters; older sshds read no longer lines
+
+# What sshd takes as a key, and of how many fields each consists: RFC 4253, 5656 and 8709, and OpenSSH's PROTOCOL.u2f
+KEY_FIELDS = {
+    "ssh-rsa": 3,
+    "ssh-ed25519": 2,
+    "ecdsa-sha2-nistp256": 3,
+    "ecdsa-sha2-nistp384": 3,
+    "ecdsa-sha2-nistp521": 3,
+    "sk-ssh-ed25519@openssh.com": 3,
+    "sk-ecdsa-sha2-nistp256@openssh.com": 4,
+}
+# A line: perhaps options, then the kind, the base64, and perhaps a comment.
+OPTION = r'[A-Za-z0-9-]+(?:="(?:[^"\\]|\\.)*")?'
+KIND = "|".join(KEY_FIELDS).replace(".", "[.]")
+KEY = rf"((?:{OPTION}(?:,{OPTION})*\s+)?)({KIND})\s+([A-Za-z0-9+/]+={{0,2}})(?:\s+(.*))?\Z"
 
 
 def is_key(kind: str, encoded: str) -> bool:

@@ -90,6 +90,7 @@ class ReadmeTest(unittest.TestCase):
             f"One request takes {module.REQUEST_LIMIT:g} s at most and 1 MiB of each answer. Pauses start at "
             f"{pauses[module.FIRST_PAUSE]}, double up to {module.LONGEST_PAUSE:g} s, vary by chance, and honour "
             f"`Retry-After` up to {module.LONGEST_RETRY_AFTER:g} s.",
+            f"refuses the document with 400 for {module.OLD_IMDS_AFTER:g} s",
             f"it keeps trying for {module.WIRESERVER_TIMEOUT / 60:g} minutes",
             "it is asked up to two times",
         ):
