@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 __version__ = "1.1.0"
 
 WIRESERVER = "168.63.129.16"  # https://learn.microsoft.com/azure/virtual-network/what-is-ip-address-168-63-129-16
-WIRESERVER_TIMEOUT = 1200.0  # seconds; the platform gives up on a VM after 20 to 40 minutes
+WIRESERVER_TIMEOUT = 1200.0  # seconds, after as many for network and IMDS; the platform gives up in 20 to 40 minutes
 IMDS = "169.254.169.254"  # https://learn.microsoft.com/azure/virtual-machines/instance-metadata-service
 IMDS_TIMEOUT = 120.0  # seconds with a network; Ready waits for it, so it is a small part of WIRESERVER_TIMEOUT
 IMDS_TIMEOUT_FOR_USER = 300.0  # without its user the VM is useless, so this is as long as cloud-init waits
@@ -421,7 +421,8 @@ Instance = collections.namedtuple("Instance", "name admin_username public_keys p
 def fetch_instance(address: str, deadline: float, name_is_enough: bool) -> Instance:
     """Return what IMDS at address says of this VM; of one that is too old to tell, its name, if name_is_enough.
 
-    Whatever else there may be to learn that from has its place here. Raises ProvisioningError if nothing makes sense.
+    Another service to learn that from has its place here; what takes no network, before provision() waits for one.
+    Raises ProvisioningError if nothing that came back makes sense.
     """
     headers = {"Metadata": "true", "User-Agent": WIRESERVER_HEADERS["User-Agent"]}
     headers["x-ms-client-request-id"] = os.urandom(16).hex()
@@ -605,18 +606,20 @@ def set_host_name(name: str) -> None:
     with contextlib.suppress(ProvisioningError):
         run("nmcli", "general", "hostname", name)
     if not host_name_is(name):  # nmcli is not there, or did not do all of it
-        replace_file(ETC_HOSTNAME, name + "\n")
         try:
             socket.sethostname(name)
         except OSError as error:
             raise ProvisioningError(f"sethostname {name}: {error}") from error
+        finally:  # each of the two whatever becomes of the other
+            replace_file(ETC_HOSTNAME, name + "\n")
 
 
 def rename_in_hosts(text: str, name: str) -> str:
     """Return text, that of ETC_HOSTS, with the first host of the first line of 127.0.1.1 renamed to name.
 
     Debian's installer writes such a line: https://www.debian.org/doc/manuals/debian-reference/ch05#_the_hostname_resolution
-    The host keeps its domain, unless name has one, and its short name; other names on that line stay.
+    The host keeps its domain, unless name has one, and its short name; other names on that line stay, and a line that
+    has name already stays as it is.
     """
     short, has_domain, _ = name.partition(".")
     lines = text.split("\n")
@@ -662,8 +665,8 @@ RENEWAL_LIMIT = 8.0  # seconds for each of the commands below, none of which wai
 #   pattern   if the client has the lease of the interface,
 #   commands  make it ask again under the new name, and wait for the answer,
 #   lease     is a file that is written then, where none of them waits.
-# Whoever adds one: install.sh knows what each leaves behind and what binds it to one machine, tests/vm.py how it is set
-# up, and the README names it.
+# Whoever adds one: the unit says what they may do, install.sh what each leaves behind and what binds it to one machine,
+# tests/vm.py how it is set up, and the README names it.
 Client = collections.namedtuple("Client", "asked pattern commands lease")
 CLIENTS = (
     # systemd-networkd. Its `networkctl renew` does not send the name.
@@ -686,7 +689,7 @@ CLIENTS = (
 
 def run_for(interface: str, command: str) -> str:
     """Run command for interface, whose place in it is {}, and return its output. Raises ProvisioningError."""
-    return run(*(word.format(interface) for word in command.split()), limit=RENEWAL_LIMIT)
+    return run(*(word.replace("{}", interface) for word in command.split()), limit=RENEWAL_LIMIT)
 
 
 def find_client(interface: str) -> "Optional[Client]":
@@ -744,7 +747,7 @@ def publish_host_name(name: str, dry_run: bool = False) -> None:
         log(INFO, f"would publish {name} by {command}")
         return
     started = time.monotonic()
-    # Clients that hang and have taken the network away have been seen.
+    # Once more if the route has gone, for clients that hang have been seen; not if a command has failed.
     for level, what_next in ((WARNING, "trying again"), (ERROR, advice)):
         trouble = ""
         try:
@@ -819,7 +822,7 @@ def provision(options: Options) -> "Dict[str, str]":
         timeout = options.imds_timeout or (IMDS_TIMEOUT_FOR_USER if "user" in options.steps else IMDS_TIMEOUT)
 
         def attempt(deadline: float) -> Instance:
-            is_late = time.monotonic() > deadline - timeout + OLD_IMDS_AFTER
+            is_late = timeout - (deadline - time.monotonic()) > min(OLD_IMDS_AFTER, timeout / 2)
             return fetch_instance(options.imds, deadline, name_is_enough=is_late and "user" not in options.steps)
 
         try:

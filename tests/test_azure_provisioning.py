@@ -645,6 +645,8 @@ class ImdsTest(Case):
             azure = self.provision("hostname", imds_versions=["2017-04-02", "2019-06-01"])
         asked = azure.asked(IMDS)
         self.assertEqual(asked, [self.DOCUMENT] * (len(asked) - 1) + [self.NAME])
+        with self.lasting(2, 4):
+            self.run_on(azure, "--timeout", "4", "hostname")
         self.assertRegex(self.warnings()[-1], "status 400 .*; taking the name of the VM resource from this old IMDS$")
         for steps, trouble in (("hostname", 4), ("user", 12)):
             azure = self.provision(steps, imds=[{"status": 400}] * trouble)
@@ -711,7 +713,11 @@ class HostNameTest(Case):
             azure_provisioning.set_host_name("web-99")
         nmcli = mock.call.run("nmcli", "general", "hostname", "web-99")
         written = mock.call.replace_file("/etc/hostname", "web-99\n")
-        self.assertEqual(system.mock_calls, [nmcli, written, mock.call.sethostname("web-99")])
+        self.assertEqual(system.mock_calls, [nmcli, mock.call.sethostname("web-99"), written])
+        system.sethostname.side_effect, system.replace_file.side_effect = None, ProvisioningError("read-only")
+        with self.assertRaisesRegex(ProvisioningError, "^read-only$"):
+            azure_provisioning.set_host_name("web-99")
+        self.assertEqual(system.sethostname.call_count, 2)
 
     def check_hosts(self, name: str, changes: Dict[str, str]) -> None:
         """Check what becomes of what follows 127.0.1.1, whatever stands around it."""
