@@ -765,7 +765,9 @@ check_removal() {
         fi
     done
     if [ -n "$removed" ]; then
-        check_writable "$roots_keys"
+        for list in "$roots_keys" $lists; do
+            check_writable "$list"
+        done
         command -v userdel >/dev/null || refuse 'this machine has no userdel'
     fi
 }
@@ -898,15 +900,20 @@ check_reach() {
     for path; do
         if blocked "${path%/*}"; then
             refuse "$path is out of reach in ${root:-/}: $obstacle is no directory in it"
-        elif [ ! -w . ]; then # we are in it, or in the nearest that there is
+        elif ! writable .; then # we are in it, or in the nearest that there is
             refuse "$path cannot be written in ${root:-/}: $PWD is read-only"
         fi
     done
 }
 
+# writable NAME: ask the kernel, by giving nobody a permission more: to busybox, root can write whatever it is.
+writable() {
+    chmod u+ "$1" 2>/dev/null
+}
+
 # check_writable PATH: a file must not be immutable, or this would end half-way.
 check_writable() {
-    if file "$1" && [ ! -w "$name" ]; then
+    if file "$1" && ! writable "$name"; then
         refuse "$1 cannot be written in ${root:-/}: run chattr -i for it"
     fi
 }
@@ -918,7 +925,7 @@ check_files() {
         if at "$path" && [ ! -L "$name" ] && [ -e "$name" ] && [ ! -f "$name" ]; then
             refuse "$path is there in ${root:-/} and is no file: remove it"
         fi
-        [ ! -w . ] || check_writable "$path"
+        ! writable . || check_writable "$path"
     done
 }
 
