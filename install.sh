@@ -467,7 +467,7 @@ last_line() {
 # is_ours NAME: whether it is as an install.sh left it, a link that enables the unit or a file with our last line.
 is_ours() {
     if [ -L "$1" ]; then
-        [ "$PWD" = "$root$wants" ] && [ "$(readlink "$1" | sed 's|.*/|./|')" = "$1" ]
+        [ "${PWD##*/}" = "${wants##*/}" ] && [ "$(readlink "$1" | sed 's|.*/|./|')" = "$1" ]
     else
         [ -f "$1" ] && [ "$(tail -n 1 "$1" | cksum)" = "$(sed '$d' "$1" | last_line | cksum)" ]
     fi
@@ -570,8 +570,9 @@ homes() {
 # look_in DIR: enter it, to forget what is there, or fail.
 told=''
 look_in() {
-    if blocked "$1" && [ -n "$root" ] && [ -L "./${obstacle##*/}" ] && [ "$obstacle" != "$told" ]; then
-        told=$obstacle
+    if blocked "$1" && [ -n "$root" ] && [ -L "./${obstacle##*/}" ]; then
+        case $told/ in *"/$obstacle/"*) return 1 ;; esac
+        told=$told/$obstacle
         object "$obstacle in $root is a link that leads nowhere in it: what it is to lead to would not be forgotten"
     fi
     enter "$1"
