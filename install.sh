@@ -578,20 +578,16 @@ look_in() {
     enter "$1"
 }
 
-# mounted_below: print what is mounted below the directory that we are in.
-mounted_below() {
-    cut -d ' ' -f 5 /proc/self/mountinfo | sed 's/\\/\\0/g' | while IFS= read -r point; do
-        case $point in *\\*) point=$(printf %b "$point") ;; esac # a space is \040 there, and \0040 to printf
-        case $point in "$PWD"/*) printf '%s\n' "$point" ;; esac
-    done
-}
-
 # check_mounts DIR TEST: before DIR is emptied, nothing may be mounted in it that fits TEST.
 check_mounts() {
-    if [ -z "$changing" ] && enter "$1"; then
-        found=$(mounted_below | while IFS= read -r point; do ! "$2" "$point" || printf '%s\n' "$point"; done)
-        [ -z "$found" ] || refuse "$found is mounted in $1, which is to be emptied: unmount it"
-    fi
+    [ -z "$changing" ] && enter "$1" || return 0
+    while IFS= read -r point; do
+        case $point in *\\*) point=$(printf %b "$point") ;; esac # a space is \040 there, and \0040 to printf
+        case $point in "$PWD"/*) ;; *) continue ;; esac
+        ! "$2" "$point" || refuse "$point is mounted in $1, which is to be emptied: unmount it"
+    done <<end
+$(cut -d ' ' -f 5 /proc/self/mountinfo | sed 's/\\/\\0/g')
+end
 }
 
 # find -xdev goes where the same file system is mounted once more. What cannot be seen may be that.
