@@ -633,22 +633,15 @@ keep() {
     kept=$kept${found:+ $found}
 }
 
-# unname PATH: to the name that DHCP clients do not send, whatever systemd's name for the nameless is.
-unname() {
-    at "$1" || return 0
-    if [ -L "$name" ] || { [ -f "$name" ] && [ -s "$name" ] && [ "$(cat "$name")" != localhost ]; }; then
-        changed=yes
-        [ -z "$changing" ] || put 644 "$1" echo localhost
-    fi
+# rewrite MODE PATH TEXT: a file that says this alone, even where there was none.
+rewrite() {
+    file "$2" && [ "$(cat "$name")" = "$(printf %b "$3")" ] || changed=yes
+    [ -z "$changing" ] || put "$1" "$2" printf %b "$3"
 }
-
-# blank PATH: an empty file, even where there was none: a boot without /etc/machine-id is the first one to systemd.
-blank() {
-    if ! file "$1" || [ -s "$name" ]; then
-        changed=yes
-    fi
-    [ -z "$changing" ] || put 444 "$1" :
-}
+# The name that DHCP clients do not send, whatever systemd's name for the nameless is.
+unname() { rewrite 644 "$1" 'localhost\n'; }
+# A boot without /etc/machine-id is the first one to systemd.
+blank() { rewrite 444 "$1" ''; }
 
 # What ends while the system is shut down may write once more what was forgotten: DHCP clients their leases, shells
 # their histories, systemd its random seed. So it is forgotten again after them.
