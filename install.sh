@@ -353,14 +353,9 @@ having() {
 starts() {
     for candidate in "$1" "${1%@*}@.service"; do
         for directory in $unit_path; do
-            at "$directory/$candidate" || continue
-            if [ -L "$name" ]; then
-                [ "$(readlink "$name")" != /dev/null ]
-                return
-            elif [ -e "$name" ]; then
-                [ -s "$name" ]
-                return
-            fi
+            there "$directory/$candidate" || continue
+            if [ -L "$name" ]; then [ "$(readlink "$name")" != /dev/null ]; else [ -s "$name" ]; fi
+            return
         done
     done
     return 1
