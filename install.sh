@@ -450,9 +450,9 @@ put() {
 # signed COMMAND...: what it prints, and a last line which lets it be told from what somebody changed. What is as we left
 # it may be replaced and taken away in silence, whichever version it is of.
 signed() {
-    text=$("$@" && echo .) # keeps newlines at the end
-    printf %s "${text%.}"
-    printf %s "${text%.}" | last_line
+    text=$("$@")
+    printf '%s\n' "$text"
+    printf '%s\n' "$text" | last_line
 }
 
 last_line() {
