@@ -968,8 +968,8 @@ without_mac() {
         cat "$1"
         return
     fi
-    mac="macaddress: *[\"']?[0-9A-Fa-f:]*[\"']? *"
-    sed -nE "H;\$!d;x;s/(\n *)(driver:[^\n]*)\1$mac(\n|\$)/\1\2\3/g;s/(\n *)$mac\1driver:/\1driver:/g;s/^\n//p" "$1"
+    mac="macaddress: *[\"']?[0-9A-Fa-f:]*[\"']? *" # N, P and D: look at each two lines that follow each other
+    sed -E -e '$!N' -e "s/^( *)(driver:.*)\n\1$mac\$/\1\2/" -e "s/^( *)$mac\n\1driver:/\1driver:/" -e 'P;D' "$1"
 }
 
 unbind_netplan() {
