@@ -75,7 +75,7 @@ uninstall() {
         ! enter "${path%/*}" || rmdir "$PWD" 2>/dev/null || : # something else is in it
     done
     reload
-    if runs /usr/sbin/sshd && [ -z "$(having /etc/ssh 'ssh_host_*_key' .)" ]; then
+    if runs /usr/sbin/sshd && [ -z "$(having '/etc/ssh/ssh_host_*_key' .)" ]; then
         say "left ${root:-/} without SSH host keys, which sshd does not start without: run ssh-keygen -A there"
     fi
     say "uninstalled from ${root:-/}"
@@ -175,7 +175,7 @@ blank       /etc/machine-id                         machine ID
 end
 }
 
-# What of a network's configuration is not for every VM: why, where, in which files, by which line, and what to do about it.
+# What of a network's configuration is not for every VM: why, in which files, by which line, and what to do about it.
 # A mac is the address of this machine, a name is sent instead of the VM's, and a port has a name that none has on Azure.
 bound() {
     hex='[0-9A-Fa-f][0-9A-Fa-f]' is='[[:space:]]*=[[:space:]]*' port='en[opsx][0-9]'
@@ -183,31 +183,31 @@ bound() {
     nm="^[[:space:]]*(ipv4\.)?dhcp-(hostname${is}[^[:space:]]|send-hostname$is(false|no|0))"
     address='ATTRS?[{]address[}]==' named='NAME:?="'
     cat <<end
-mac   /etc/netplan                *.yaml              ^[^#]*macaddress["']?[[:space:]]*:      remove the line, and match 'driver: hv_netvsc', for one interface
-mac   /etc/systemd/network        *.network           $networkd                               match 'Driver=hv_netvsc'
-mac   /etc/systemd/network        *.link              $networkd                               match 'Driver=hv_netvsc', or remove it
-mac   /etc/systemd/network        *.network.d/*.conf  $networkd                               remove the line
-mac   /etc/systemd/network        *.link.d/*.conf     $networkd                               remove the line
-mac   /etc/NetworkManager/system-connections  *       ^[[:space:]]*(cloned-)?mac-address$is(${hex}[:-]|[0-9]+;) remove the line
-mac   /etc/sysconfig/network-scripts  ifcfg-*         ^[[:space:]]*(HWADDR|MACADDR)=["']?$hex remove the line
-mac   /etc/sysconfig/network      ifcfg-*             ^[[:space:]]*(HWADDR|LLADDR)=["']?$hex  remove the line
-mac   /etc/network                interfaces          ^[[:space:]]*hwaddress[[:space:]].*${hex}[:-] remove the line
-mac   /etc/network/interfaces.d   *                   ^[[:space:]]*hwaddress[[:space:]].*${hex}[:-] remove the line
-mac   /etc/udev/rules.d           *.rules             ^[^#]*($address.*$named|$named.*$address) remove the line
-name  /etc/netplan                *.yaml              ^[^#]*([^-#a-z]hostname["']?:[[:space:]]*[^[:space:]]|send-hostname["']?:[[:space:]]*(false|no|off)) remove the line
-name  /etc/systemd/network        *.network           ^[[:space:]]*(Hostname${is}[^[:space:]]|SendHostname$is(no|false|off|0)) remove the line
-name  /etc/NetworkManager/system-connections  *       $nm                                     remove the line
-name  /etc/NetworkManager         NetworkManager.conf $nm                                     remove the line
-name  /etc/NetworkManager/conf.d  *.conf              $nm                                     remove the line
-name  /etc/sysconfig/network-scripts  ifcfg-*         ^[[:space:]]*DHCP_HOSTNAME=["']?[^"'[:space:]] remove the line
-name  /etc/dhcp                   dhclient*.conf      ^[[:space:]]*(send|supersede)[[:space:]]+host-name[[:space:]]+" say 'send host-name = gethostname();'
-name  /etc                        dhcpcd.conf         ^[[:space:]]*hostname[[:space:]]+[^#[:space:]] say 'hostname' alone
-port  /etc/netplan                *.yaml              (^|[[:space:]{"'])${port}[a-z0-9]*["']?:|name:[[:space:]]*["']?$port match 'driver: hv_netvsc'
-port  /etc/NetworkManager/system-connections  *       ^[[:space:]]*interface-name$is$port     remove the line
-port  /etc/systemd/network        *.network           ^[[:space:]]*Name$is$port               match 'Driver=hv_netvsc'
-port  /etc/sysconfig/network-scripts  ifcfg-*         ^[[:space:]]*DEVICE=["']?$port          it is eth0
-port  /etc/network                interfaces          ^[[:space:]]*(auto|allow-hotplug)([[:space:]].*)?[[:space:]]$port it is eth0
-port  /etc/network/interfaces.d   *                   ^[[:space:]]*(auto|allow-hotplug)([[:space:]].*)?[[:space:]]$port it is eth0
+mac   /etc/netplan/*.yaml                         ^[^#]*macaddress["']?[[:space:]]*:      remove the line, and match 'driver: hv_netvsc', for one interface
+mac   /etc/systemd/network/*.network              $networkd                               match 'Driver=hv_netvsc'
+mac   /etc/systemd/network/*.link                 $networkd                               match 'Driver=hv_netvsc', or remove it
+mac   /etc/systemd/network/*.network.d/*.conf     $networkd                               remove the line
+mac   /etc/systemd/network/*.link.d/*.conf        $networkd                               remove the line
+mac   /etc/NetworkManager/system-connections/*    ^[[:space:]]*(cloned-)?mac-address$is(${hex}[:-]|[0-9]+;) remove the line
+mac   /etc/sysconfig/network-scripts/ifcfg-*      ^[[:space:]]*(HWADDR|MACADDR)=["']?$hex remove the line
+mac   /etc/sysconfig/network/ifcfg-*              ^[[:space:]]*(HWADDR|LLADDR)=["']?$hex  remove the line
+mac   /etc/network/interfaces                     ^[[:space:]]*hwaddress[[:space:]].*${hex}[:-] remove the line
+mac   /etc/network/interfaces.d/*                 ^[[:space:]]*hwaddress[[:space:]].*${hex}[:-] remove the line
+mac   /etc/udev/rules.d/*.rules                   ^[^#]*($address.*$named|$named.*$address) remove the line
+name  /etc/netplan/*.yaml                         ^[^#]*([^-#a-z]hostname["']?:[[:space:]]*[^[:space:]]|send-hostname["']?:[[:space:]]*(false|no|off)) remove the line
+name  /etc/systemd/network/*.network              ^[[:space:]]*(Hostname${is}[^[:space:]]|SendHostname$is(no|false|off|0)) remove the line
+name  /etc/NetworkManager/system-connections/*    $nm                                     remove the line
+name  /etc/NetworkManager/NetworkManager.conf     $nm                                     remove the line
+name  /etc/NetworkManager/conf.d/*.conf           $nm                                     remove the line
+name  /etc/sysconfig/network-scripts/ifcfg-*      ^[[:space:]]*DHCP_HOSTNAME=["']?[^"'[:space:]] remove the line
+name  /etc/dhcp/dhclient*.conf                    ^[[:space:]]*(send|supersede)[[:space:]]+host-name[[:space:]]+" say 'send host-name = gethostname();'
+name  /etc/dhcpcd.conf                            ^[[:space:]]*hostname[[:space:]]+[^#[:space:]] say 'hostname' alone
+port  /etc/netplan/*.yaml                         (^|[[:space:]{"'])${port}[a-z0-9]*["']?:|name:[[:space:]]*["']?$port match 'driver: hv_netvsc'
+port  /etc/NetworkManager/system-connections/*    ^[[:space:]]*interface-name$is$port     remove the line
+port  /etc/systemd/network/*.network              ^[[:space:]]*Name$is$port               match 'Driver=hv_netvsc'
+port  /etc/sysconfig/network-scripts/ifcfg-*      ^[[:space:]]*DEVICE=["']?$port          it is eth0
+port  /etc/network/interfaces                     ^[[:space:]]*(auto|allow-hotplug)([[:space:]].*)?[[:space:]]$port it is eth0
+port  /etc/network/interfaces.d/*                 ^[[:space:]]*(auto|allow-hotplug)([[:space:]].*)?[[:space:]]$port it is eth0
 end
 }
 
@@ -231,12 +231,12 @@ networks() {
     networkd='^[[:space:]]*DHCP[[:space:]]*=[[:space:]]*(yes|true|ipv4|both|on|1)'
     interface='iface[[:space:]]+([^l]|l[^o]|lo[^[:space:]])[^[:space:]]*[[:space:]]+inet[[:space:]]+dhcp'
     cat <<end
-systemd-networkd.service  /etc/systemd/network            *.network      $networkd
-systemd-networkd.service  /usr/local/lib/systemd/network  *.network      $networkd
-systemd-networkd.service  /usr/lib/systemd/network        [!8]*.network  $networkd
-networking.service        /etc/network                    interfaces     ^[[:space:]]*($interface|source.*/run/network)
-networking.service        /etc/network/interfaces.d       *              ^[[:space:]]*$interface
-/usr/sbin/netplan         /etc/netplan                    *.yaml         dhcp4["']?[[:space:]]*:[[:space:]]*(true|yes|on|y)
+systemd-networkd.service  /etc/systemd/network/*.network              $networkd
+systemd-networkd.service  /usr/local/lib/systemd/network/*.network    $networkd
+systemd-networkd.service  /usr/lib/systemd/network/[!8]*.network      $networkd
+networking.service        /etc/network/interfaces                     ^[[:space:]]*($interface|source.*/run/network)
+networking.service        /etc/network/interfaces.d/*                 ^[[:space:]]*$interface
+/usr/sbin/netplan         /etc/netplan/*.yaml                         dhcp4["']?[[:space:]]*:[[:space:]]*(true|yes|on|y)
 NetworkManager.service
 dhcpcd*.service
 wicked*.service
@@ -342,11 +342,13 @@ runs() {
     at "$1" && { [ -L "$name" ] || { [ -f "$name" ] && [ -x "$name" ]; }; }
 }
 
-# having DIR FILES LINE: print those files of DIR that have such a line.
+# having FILES LINE: print those files that have such a line. FILES is a pattern; what it finds out of the target system,
+# behind a link, is no file().
 having() {
-    enter "$1" || return 0
-    case $2 in */*) depth=2 ;; *) depth=1 ;; esac # to -path, a * is also what has a slash
-    find . -xdev -mindepth $depth -maxdepth $depth -type f -path "./$2" -exec grep -El -e "$3" {} + | sed "s|^\.|$1|"
+    cd "$root/"
+    for path in .$1; do
+        if file "${path#.}" && grep -Eq -e "$2" "$name"; then echo "${path#.}"; fi
+    done
 }
 
 # starts UNIT: whether it, or the template of which it is an instance, is there and not masked, by an empty file or a link.
@@ -493,7 +495,7 @@ take_away() {
 add_or_drop_user() {
     if [ -n "$user" ]; then
         put 644 "$user_dropin" signed the_user_dropin
-        having "${user_dropin%/*}" '*.conf' '^ExecStart=.*/azure-provisioning' | while read -r dropin; do
+        having "${user_dropin%/*}/*.conf" '^ExecStart=.*/azure-provisioning' | while read -r dropin; do
             if at "$dropin" && ! grep -q '^ExecStart=.* user' "$name"; then
                 warn "$dropin says what the unit runs, without the step user: nobody is created until it is hostname user ready"
             fi
@@ -693,10 +695,10 @@ tell_what_is_left() {
     [ -z "$with_keys" ] || say "left what opens every VM, authorized keys of:$with_keys"
     [ -z "$with_sudo" ] || say "left rules of sudo for them:$with_sudo"
     [ -z "$with_password" ] || say "left what opens every VM, a password of:$with_password"
-    [ -z "$(having /etc/iscsi initiatorname.iscsi '^InitiatorName=')" ] ||
+    [ -z "$(having /etc/iscsi/initiatorname.iscsi '^InitiatorName=')" ] ||
         say 'left /etc/iscsi/initiatorname.iscsi: name at iSCSI targets, which every VM will have'
-    for files in sshd_config 'sshd_config.d/*.conf'; do
-        having /etc/ssh "$files" '^[[:space:]]*[Hh][Oo][Ss][Tt][Kk][Ee][Yy][[:space:]=]'
+    for files in /etc/ssh/sshd_config '/etc/ssh/sshd_config.d/*.conf'; do
+        having "$files" '^[[:space:]]*[Hh][Oo][Ss][Tt][Kk][Ee][Yy][[:space:]=]'
     done | while read -r config; do
         if at "$config" && grep -i '^[[:space:]]*HostKey[[:space:]=]' "$name" | grep -qv /etc/ssh/ssh_host_; then
             say "left SSH host keys that every VM will have: $config names others than /etc/ssh/ssh_host_*"
@@ -728,7 +730,7 @@ rule_of() {
 
 # rules_for ACCOUNT: print the files that have such lines.
 rules_for() {
-    having /etc/sudoers.d '*' "$(rule_of "$1")"
+    having '/etc/sudoers.d/*' "$(rule_of "$1")"
 }
 
 # find_account NAME: set uid and home to those of the account, or fail.
@@ -771,7 +773,7 @@ remove_user() {
     done
     remove_from_lists "$1"
     named="(^|[^A-Za-z0-9._-])$(printf %s "$1" | sed 's/\./[.]/g')([^A-Za-z0-9._-]|\$)"
-    found=$(having /etc sudoers "$named" && having /etc/sudoers.d '*' "$named")
+    found=$(having /etc/sudoers "$named"; having '/etc/sudoers.d/*' "$named")
     say "removed the account $1${found:+, but not from rules of sudo: $found}"
 }
 
@@ -936,8 +938,8 @@ check_installed() {
 }
 
 check_network_is_for_every_vm() {
-    while read -r why where files line remedy; do
-        found=$(having "$where" "$files" "$line" | while read -r config; do
+    while read -r why files line remedy; do
+        found=$(having "$files" "$line" | while read -r config; do
             ! at "$config" || ! without_mac "$name" | grep -Eq -e "$line" || echo "$config"
         done)
         case $why in
@@ -973,7 +975,7 @@ without_mac() {
 }
 
 unbind_netplan() {
-    having /etc/netplan '*.yaml' macaddress | while read -r config; do
+    having '/etc/netplan/*.yaml' macaddress | while read -r config; do
         at "$config" || continue
         if [ "$(without_mac "$name")" != "$(cat "$name")" ]; then
             put 600 "$config" without_mac "$name"
@@ -984,7 +986,7 @@ unbind_netplan() {
 
 # By this machine's netplan, on copies.
 check_netplan() {
-    found=$(having /etc/netplan '*.yaml' .)
+    found=$(having '/etc/netplan/*.yaml' .)
     if ! runs /usr/sbin/netplan || [ -z "$found" ]; then
         return
     elif ! command -v netplan >/dev/null; then
@@ -1008,12 +1010,12 @@ check_netplan() {
 
 # configuring: print what would configure the network.
 configuring() {
-    while read -r what where files line; do
+    while read -r what files line; do
         case $what in
             /*) runs "$what" || continue ;;
             *) [ -n "$(enabled "$what")" ] || continue ;;
         esac
-        if [ -z "$where" ] || [ -n "$(having "$where" "$files" "$line")" ]; then
+        if [ -z "$files" ] || [ -n "$(having "$files" "$line")" ]; then
             echo "$what"
         fi
     done <<end
