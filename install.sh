@@ -278,8 +278,8 @@ confirm() {
     if [ -n "$root$refused$yes" ] || [ ! -t 0 ]; then
         return
     fi
-    see_what_opens
-    say "Accounts that stay and open every VM, by authorized keys:${with_keys:- none}; by a password:${with_password:- none}." >&2
+    keys=$(with_keys) password=$(with_password)
+    say "Accounts that stay and open every VM, by authorized keys: ${keys:-none}; by a password: ${password:-none}." >&2
     printf 'This machine will forget its SSH host keys, machine ID, host name, leases, logs and histories, for good.\n' >&2
     printf 'Nobody can log in before it has booted again. Go on? [y/N] ' >&2
     read -r answer || answer=''
@@ -349,6 +349,11 @@ having() {
     for path in .$1; do
         if file "${path#.}" && grep -Eq -e "$2" "$name"; then echo "${path#.}"; fi
     done
+}
+
+# lines_of FILE: print them, each with its end, if it is there.
+lines_of() {
+    ! file "$1" || grep -a '' "$name" || : # it is empty
 }
 
 # starts UNIT: whether it, or the template of which it is an instance, is there and not masked, by an empty file or a link.
@@ -560,7 +565,7 @@ homes() {
     {
         echo /root
         ! enter /home || find . -mindepth 1 -maxdepth 1 | sed 's|^\.|/home|'
-        ! file /etc/passwd || cut -d: -f6 "$name"
+        lines_of /etc/passwd | cut -d: -f6
     } | sed -n 's|^\(/.*[^/]\)/*$|\1|p' | sort -u
 }
 
@@ -671,30 +676,25 @@ at_shutdown() {
 }
 
 # What opens every VM is told: it may be what the image is for.
-see_what_opens() {
-    with_keys='' with_password='' with_sudo=''
-    if file /etc/passwd; then
-        while IFS=: read -r account _ _ _ _ home _ || [ -n "$account" ]; do
-            if stays "$account" && has_keys "$home/.ssh"; then
-                with_keys="$with_keys $account"
-                with_sudo=$with_sudo$(rules_for "$account" | sed 's/^/ /' | tr -d '\n')
-            fi
-        done <"$name"
-    fi
-    for list in /etc/passwd /etc/shadow; do
-        file "$list" || continue
-        while IFS=: read -r account hash _ || [ -n "$account" ]; do
-            case $hash in x | '!'* | '*'*) continue ;; esac
-            ! stays "$account" || with_password="$with_password $account"
-        done <"$name"
+with_keys() {
+    lines_of /etc/passwd | while IFS=: read -r account _ _ _ _ home _; do
+        ! stays "$account" || ! has_keys "$home/.ssh" || printf '%s\n' "$account"
+    done
+}
+
+with_password() {
+    { lines_of /etc/passwd; lines_of /etc/shadow; } | while IFS=: read -r account hash _; do
+        case $hash in x | '!'* | '*'*) continue ;; esac
+        ! stays "$account" || printf '%s\n' "$account"
     done
 }
 
 tell_what_is_left() {
-    see_what_opens
-    [ -z "$with_keys" ] || say "left what opens every VM, authorized keys of:$with_keys"
-    [ -z "$with_sudo" ] || say "left rules of sudo for them:$with_sudo"
-    [ -z "$with_password" ] || say "left what opens every VM, a password of:$with_password"
+    keys=$(with_keys) password=$(with_password)
+    rules=$(with_keys | while read -r account; do rules_for "$account"; done | sort -u)
+    [ -z "$keys" ] || say "left what opens every VM, authorized keys of: $keys"
+    [ -z "$rules" ] || say "left rules of sudo for them: $rules"
+    [ -z "$password" ] || say "left what opens every VM, a password of: $password"
     [ -z "$(having /etc/iscsi/initiatorname.iscsi '^InitiatorName=')" ] ||
         say 'left /etc/iscsi/initiatorname.iscsi: name at iSCSI targets, which every VM will have'
     for files in /etc/ssh/sshd_config '/etc/ssh/sshd_config.d/*.conf'; do
@@ -735,10 +735,11 @@ rules_for() {
 
 # find_account NAME: set uid and home to those of the account, or fail.
 find_account() {
-    file /etc/passwd || return
-    while IFS=: read -r listed _ uid _ _ home _ || [ -n "$listed" ]; do
+    while IFS=: read -r listed _ uid _ _ home _; do
         [ "$listed" != "$1" ] || return 0
-    done <"$name"
+    done <<end
+$(lines_of /etc/passwd)
+end
     return 1
 }
 
@@ -810,12 +811,12 @@ remove_home() {
 is_home_alone() {
     enter /home && homes=$PWD && enter "$home" && mine=$PWD || return
     below=${home#/home/}
-    [ "$mine" = "$homes/${below%/}" ] && [ "$mine" != "$homes/" ] && file /etc/passwd || return
-    while IFS=: read -r listed _ _ _ _ theirs _ || [ -n "$listed" ]; do
+    [ "$mine" = "$homes/${below%/}" ] && [ "$mine" != "$homes/" ] || return
+    lines_of /etc/passwd | while IFS=: read -r listed _ _ _ _ theirs _; do
         if [ "$listed" != "$1" ] && enter "$theirs"; then
             case $PWD/ in "$mine"/*) return 1 ;; esac
         fi
-    done <"$name"
+    done
 }
 
 # By this machine's userdel, but on copies: in an image it would follow links, and do what login.defs says.
@@ -1029,9 +1030,8 @@ check_network_comes_up() {
 
 # A disk that is not there means emergency mode, without a network, unless its line has nofail.
 check_fstab() {
-    file /etc/fstab || return 0
-    os=$(sed -n 's|^[[:space:]]*\([^#[:space:]][^[:space:]]*\)[[:space:]][[:space:]]*/[[:space:]].*|\1|p' "$name" | tail -n 1)
-    while read -r device where type options _ || [ -n "$device" ]; do
+    os=$(lines_of /etc/fstab | sed -n 's|^[[:space:]]*\([^#[:space:]][^[:space:]]*\)[[:space:]][[:space:]]*/[[:space:]].*|\1|p' | tail -n 1)
+    while read -r device where type options _; do
         case $device,$options, in
             /dev/disk/azure/root* | /dev/disk/azure/os*) ;; # every VM has this one
             *,nofail,* | *,noauto,*) ;;
@@ -1043,7 +1043,9 @@ check_fstab() {
                 esac
                 ;;
         esac
-    done <"$name"
+    done <<end
+$(lines_of /etc/fstab)
+end
 }
 
 object_to_disk() {
