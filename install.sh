@@ -748,7 +748,7 @@ check_removal() {
         if ! find_account "$account" || [ "$uid" = 0 ]; then
             refuse "no account $account in ${root:-/} that could be removed"
         else
-            ! is_home_alone "$account" || check_mounts "$home" true
+            ! is_home_alone "$account" || clear "$home" # nothing yet, as in forget()
             forget_spools "$account"
         fi
     done
@@ -768,8 +768,7 @@ remove_user() {
     forget_spools "$1"
     rules_for "$1" | while read -r rules; do
         # A rule goes on in the next line after a backslash.
-        put 440 "$rules" sed -E -e "/$(rule_of "$1")/{" -e ':a' -e '/\\$/{' -e 'N' -e 'ba' -e '}' -e 'd' -e '}' \
-            -e "/^# User rules for $1\$/d" "./${rules##*/}"
+        put 440 "$rules" sed -E -e "/$(rule_of "$1")/{" -e ':a;/\\$/{N;ba;};d;}' -e "/^# User rules for $1\$/d" "./${rules##*/}"
         grep -q '^[[:space:]]*[^#[:space:]]' "$name" || rm "$name"
     done
     remove_from_lists "$1"
@@ -800,8 +799,7 @@ forget_spools() {
 # Where it is below /home, where it says, and neither somebody else's nor above theirs.
 remove_home() {
     if is_home_alone "$1"; then
-        enter "$home"
-        find . -xdev -mindepth 1 -delete
+        clear "$home"
         rmdir "$PWD"
     elif there "$home"; then
         say "left the home $home"
