@@ -93,13 +93,14 @@ generalize() {
     check_fstab
     [ -r /proc/self/mountinfo ] || refuse '/proc is not mounted here, which tells what is mounted in what will be emptied'
     check_removal
-    forget # nothing yet, but object where that will not be possible
     if [ -n "$check" ]; then
         [ -z "$removed" ] || say "would remove the accounts$removed, and their keys from root's"
+        forget # nothing before begin()
         tell_what_is_left
         stop_if_refused
         return
     fi
+    forget >/dev/null # nothing yet, but object where that will not be possible
     confirm
     begin
     unbind_netplan
@@ -545,8 +546,8 @@ forget() {
             '~'/*) in_homes "$how" "${what#?}" ;;
             *) "$how" "$what" ;;
         esac
-        [ -z "$changing$check" ] || [ -z "$changed" ] || say "$forgot $what: $whose"
-        [ -z "$changing$check" ] || [ -z "$kept" ] || say "left$kept: $whose"
+        [ -z "$changed" ] || say "$forgot $what: $whose"
+        [ -z "$kept" ] || say "left$kept: $whose"
     done 3<<end
 $(forgotten)
 end
