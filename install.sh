@@ -1031,24 +1031,20 @@ check_network_comes_up() {
 check_fstab() {
     os=$(lines_of /etc/fstab | sed -n 's|^[[:space:]]*\([^#[:space:]][^[:space:]]*\)[[:space:]][[:space:]]*/[[:space:]].*|\1|p' | tail -n 1)
     while read -r device where type options _; do
-        case $device,$options, in
-            /dev/disk/azure/root* | /dev/disk/azure/os*) ;; # every VM has this one
-            *,nofail,* | *,noauto,*) ;;
-            /dev/disk/azure/* | /dev/disk/cloud/* | /dev/vd* | /dev/xvd*) object_to_disk ;;
-            /dev/* | UUID=* | LABEL=* | PARTUUID=* | PARTLABEL=*)
-                case $where,$type in # where systems have their own file systems
-                    /,* | /boot* | /efi,* | /usr,* | /var,* | /var/* | /home,* | /opt,* | /tmp,* | *,swap) ;;
-                    *) [ "$device" = "$os" ] || object_to_disk ;; # a subvolume of the root's
-                esac
+        case $device,$where,$type,$options, in
+            *,nofail,* | *,noauto,* | /dev/disk/azure/root* | /dev/disk/azure/os*) continue ;; # each VM has the last two
+            /dev/disk/azure/* | /dev/disk/cloud/* | /dev/vd* | /dev/xvd*) ;;
+            "$os",*) continue ;; # a subvolume of the root's
+            *,/,* | *,/boot* | *,/efi,* | *,/usr,* | *,/var,* | *,/var/* | *,/home,* | *,/opt,* | *,/tmp,* | *,swap,*)
+                continue # where systems have their own file systems
                 ;;
+            /dev/* | UUID=* | LABEL=* | PARTUUID=* | PARTLABEL=*) ;;
+            *) continue ;;
         esac
+        object "/etc/fstab in ${root:-/} wants $device for $where, which not every VM has: add nofail to its options, or remove the line"
     done <<end
 $(lines_of /etc/fstab)
 end
-}
-
-object_to_disk() {
-    object "/etc/fstab in ${root:-/} wants $device for $where, which not every VM has: add nofail to its options, or remove the line"
 }
 
 # The command line.
