@@ -857,16 +857,8 @@ check_system() {
 
 # Debian's python3-minimal has no such module; .pyc is for systems without the sources.
 has_library() {
-    for directory in /usr/lib /usr/lib64; do
-        enter "$directory" || continue
-        for version in ./python3.[6-9] ./python3.[1-9][0-9]; do
-            for module in json/__init__.py xml/parsers/expat.py; do
-                file "$directory/$version/$module" || file "$directory/$version/${module}c" || continue 2
-            done
-            return 0
-        done
-    done
-    return 1
+    module=xml/parsers/expat.py
+    [ -n "$(having "/usr/lib*/python3.[6-9]/$module*" .)$(having "/usr/lib*/python3.[1-9][0-9]/$module*" .)" ]
 }
 
 check_agents() {

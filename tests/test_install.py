@@ -61,8 +61,7 @@ class InstallCase(unittest.TestCase):
         os.symlink(target, self.path(name))
 
     def library(self, name: str) -> None:
-        self.write(name + "/json/__init__.py")
-        self.write(name + "/xml/parsers/expat.py")
+        self.write(name + "/xml/parsers/expat.py", "from pyexpat import *\n")
 
     def unit(self, name: str, enabled_by: str = "multi-user.target") -> None:
         """Put a unit of the distribution there and enable it."""
@@ -259,11 +258,8 @@ class PythonTest(InstallCase):
         self.check_refused("no Python 3.6 or later")
 
     def test_a_python_without_its_standard_library_is_refused(self) -> None:
-        for module in ("json/__init__.py", "xml/parsers/expat.py"):
-            with self.subTest(module):
-                self.setUp()
-                os.unlink(self.path("usr/lib/python3.11/" + module))
-                self.check_refused("libpython3-stdlib")
+        os.unlink(self.path("usr/lib/python3.11/xml/parsers/expat.py"))
+        self.check_refused("libpython3-stdlib")
 
 
 class RefusalTest(InstallCase):
