@@ -89,6 +89,7 @@ generalize() {
     check_files /etc/machine-id /etc/hostname
     check_network_is_for_every_vm
     check_network_comes_up
+    copies=$(mktemp -d)
     check_netplan
     check_fstab
     [ -r /proc/self/mountinfo ] || refuse '/proc is not mounted here, which tells what is mounted in what will be emptied'
@@ -299,8 +300,7 @@ stop_if_refused() {
 
 end() {
     status=$?
-    [ -z "$temporary" ] || rm -f "$temporary"
-    [ -z "$copies" ] || rm -rf "$copies"
+    rm -rf "$temporary" "$copies"
     if [ -n "$changing" ] && [ "$status" != 0 ]; then
         warn "this failed half-way, and ${root:-/} is not what it should be: mend the cause and run it again"
     fi
@@ -820,8 +820,7 @@ is_home_alone() {
 
 # By this machine's userdel, but on copies: in an image it would follow links, and do what login.defs says.
 remove_from_lists() {
-    copies=$(mktemp -d)
-    mkdir "$copies/etc"
+    mkdir -p "$copies/etc"
     echo 'USERGROUPS_ENAB yes' >"$copies/etc/login.defs"
     for list in $lists; do
         ! file "$list" || cp -p "$name" "$copies$list"
@@ -834,7 +833,6 @@ remove_from_lists() {
         mv -f "$temporary" "$name"
     done
     temporary=''
-    rm -r "$copies"
 }
 
 # What has to hold before anything is changed.
@@ -985,7 +983,6 @@ check_netplan() {
         warn "whether /etc/netplan is right is not known, for this machine has no netplan: run netplan generate there"
         return
     fi
-    copies=$(mktemp -d)
     mkdir -p "$copies/etc/netplan"
     echo "$found" | while read -r config; do
         ! at "$config" || without_mac "$name" >"$copies$config"
@@ -997,7 +994,6 @@ check_netplan() {
             -exec grep -Eq '^(Name|OriginalName|Driver|Path|[Tt]ype)=' {} \; -print | grep -q .; then
         object "of what /etc/netplan says in ${root:-/} netplan makes no network with DHCP: give an interface 'dhcp4: true'"
     fi
-    rm -r "$copies"
 }
 
 # configuring: print what would configure the network.
