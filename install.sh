@@ -65,7 +65,7 @@ uninstall() {
     ! running || rm -f "$again" # or it would forget once more at shutdown
     found=''
     for path; do
-        take_away "$path"
+        ! there "$path" || { found=yes; take_away "$path"; }
     done
     if [ -z "$found" ]; then
         say "nothing of it is installed in ${root:-/}"
@@ -484,10 +484,8 @@ enable_unit() {
     ln -s "$units/$1" "$name"
 }
 
-# take_away PATH: a file or link, but for what others made of it.
+# take_away PATH: what there() or file() went to, but for what others made of it.
 take_away() {
-    there "$1" || return 0
-    found=yes
     if is_ours "$name"; then
         rm "$name"
     elif [ -n "$force" ] && { [ -L "$name" ] || [ ! -d "$name" ]; }; then
@@ -899,7 +897,7 @@ check_writable() {
 check_files() {
     check_reach "$@"
     for path; do
-        if at "$path" && [ ! -L "$name" ] && [ -e "$name" ] && [ ! -f "$name" ]; then
+        if there "$path" && [ ! -L "$name" ] && [ ! -f "$name" ]; then
             refuse "$path is there in ${root:-/} and is no file: remove it"
         fi
         ! writable . || check_writable "$path"
@@ -911,7 +909,7 @@ check_ours() {
     check_files "$@"
     for path; do
         at "$path" || continue
-        if [ -L "$name" ] && [ "$(readlink "$name")" = /dev/null ]; then
+        if [ "$(readlink "$name")" = /dev/null ]; then
             object "$path is masked in ${root:-/}: unmask it"
         elif { [ -L "$name" ] || [ -f "$name" ]; } && ! is_ours "$name"; then
             object "somebody changed $path in ${root:-/}, or put it there: keep what is needed of it elsewhere (of a unit in a drop-in), and remove it"
