@@ -146,6 +146,7 @@ remove      /etc/lvm/devices/system.devices         the only disks that LVM woul
 remove      /etc/*shadow-                           passwords before their last change
 remove      /etc/passwd-                            accounts before their last change
 remove      /etc/group-                             groups before their last change
+remove      /etc/sub[ug]id-                         subordinate IDs before their last change
 remove      /var/lib/systemd/random-seed            secret seed of the random numbers of every VM
 remove      /var/lib/urandom/random-seed            secret seed of the random numbers of every VM
 remove      /efi/loader/random-seed                 secret seed of the random numbers of every VM
@@ -160,6 +161,7 @@ remove      ~/.history                              history of a shell
 remove      ~/.histfile                             history of zsh
 remove      ~/.local/share/fish/fish_history        history of fish
 clear       /var/log/journal                        journal, filed under the old machine ID
+clear_files /var/log/audit                          logs of auditd, often a file system of its own
 clear_files /var/log                                logs
 remove      /var/lib/lastlog/*                      times of logins
 remove      /var/lib/wtmpdb/*                       times of logins and boots
@@ -202,7 +204,7 @@ name  /etc/NetworkManager/system-connections/*    $nm                           
 name  /etc/NetworkManager/NetworkManager.conf     $nm                                     remove the line
 name  /etc/NetworkManager/conf.d/*.conf           $nm                                     remove the line
 name  /etc/sysconfig/network-scripts/ifcfg-*      ^[[:space:]]*DHCP_HOSTNAME=["']?[^"'[:space:]] remove the line
-name  /etc/dhcp/dhclient*.conf                    ^[[:space:]]*(send|supersede)[[:space:]]+host-name[[:space:]]+" say 'send host-name = gethostname();'
+name  /etc/dhcp/dhclient*.conf                    ^[[:space:]]*(send|supersede)[[:space:]]+host-name[[:space:]=]+" say 'send host-name = gethostname();'
 name  /etc/dhcpcd.conf                            ^[[:space:]]*hostname[[:space:]]+[^#[:space:]] say 'hostname' alone
 port  /etc/netplan/*.yaml                         (^|[[:space:]{"'])${port}[a-z0-9]*["']?:|name:[[:space:]]*["']?$port match 'driver: hv_netvsc'
 port  /etc/NetworkManager/system-connections/*    ^[[:space:]]*interface-name$is$port     remove the line
