@@ -556,7 +556,7 @@ end
 # in_homes HOW FILES: do it in the home of everybody.
 in_homes() {
     while read -r home; do
-        "$1" "$home$2"
+        case $leaving in *" $home "*) ;; *) "$1" "$home$2" ;; esac
     done <<end
 $(homes)
 end
@@ -744,12 +744,16 @@ end
     return 1
 }
 
+leaving=''
 check_removal() {
     for account in $removed; do
         if ! find_account "$account" || [ "$uid" = 0 ]; then
             refuse "no account $account in ${root:-/} that could be removed"
         else
-            ! is_home_alone "$account" || clear "$home" # nothing yet, as in forget()
+            if is_home_alone "$account"; then
+                clear "$home" # nothing yet, as in forget()
+                leaving="$leaving $home "
+            fi
             forget_spools "$account"
         fi
     done
