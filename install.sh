@@ -317,14 +317,6 @@ enter() {
     case $PWD/ in "$root"/*) ;; *) return 1 ;; esac
 }
 
-# blocked DIR: whether something else is in its place, or of a directory above: then obstacle is that.
-blocked() {
-    ! enter "$1" || return
-    obstacle=$1
-    until enter "${obstacle%/*}"; do obstacle=${obstacle%/*}; done
-    [ -L "./${obstacle##*/}" ] || [ -e "./${obstacle##*/}" ]
-}
-
 # at PATH: go to its directory, and set name to what it is called there, or fail.
 at() {
     enter "${1%/*}" && name=./${1##*/}
@@ -333,6 +325,14 @@ at() {
 # there PATH: go to what is there, whatever it is, or fail.
 there() {
     at "$1" && { [ -L "$name" ] || [ -e "$name" ]; }
+}
+
+# blocked DIR: whether something else is in its place, or of a directory above: then obstacle is that, and we are there.
+blocked() {
+    ! enter "$1" || return
+    obstacle=$1
+    until at "$obstacle"; do obstacle=${obstacle%/*}; done
+    there "$obstacle"
 }
 
 # file PATH: go to a file, or fail.
@@ -573,7 +573,7 @@ homes() {
 # look_in DIR: enter it, to forget what is there, or fail.
 told=''
 look_in() {
-    if blocked "$1" && [ -n "$root" ] && [ -L "./${obstacle##*/}" ]; then
+    if blocked "$1" && [ -n "$root" ] && [ -L "$name" ]; then
         case $told/ in *"/$obstacle/"*) return 1 ;; esac
         told=$told/$obstacle
         object "$obstacle in $root is a link that leads nowhere in it: what it is to lead to would not be forgotten"
@@ -784,9 +784,9 @@ remove_user() {
 
 # cloud-init gives the user's keys to root, too, with a command that tells as whom to log in instead.
 take_keys_from_root() {
-    told="login as the user \\\"$1\\\" rather"
-    if file "$roots_keys" && grep -aqF "$told" "$name"; then
-        put 600 "$roots_keys" lines_without "$told" "$name"
+    hint="login as the user \\\"$1\\\" rather"
+    if file "$roots_keys" && grep -aqF "$hint" "$name"; then
+        put 600 "$roots_keys" lines_without "$hint" "$name"
         say "took the keys of $1 out of $roots_keys"
     fi
 }
