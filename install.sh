@@ -1083,11 +1083,8 @@ while [ $# -gt 0 ]; do
 done
 [ -z "$user" ] || [ "$action" = install ] || misused '--user is for installing'
 [ -z "$removed$check$yes" ] || [ "$action" = generalize ] || misused '--remove-user, --check and --yes are for --generalize'
-case $0 in
-    /*) here=${0%/*} ;;
-    */*) here=$PWD/${0%/*} ;;
-    *) here=$PWD ;;
-esac
+case $0 in /*) here=$0 ;; *) here=$PWD/$0 ;; esac
+here=${here%/*}
 [ "$(id -u)" = 0 ] || refuse 'this needs root'
 for tool in cksum cut find grep mktemp readlink sed stat tail; do
     command -v "$tool" >/dev/null || refuse "this machine has no $tool"
@@ -1095,10 +1092,8 @@ done
 stop_if_refused
 if [ -n "$root" ]; then
     case $root in /*) ;; *) root=./$root ;; esac # for cd, - and -P are no directories
-    if ! cd -P "$root" 2>/dev/null; then
-        refuse "no directory $root"
-        exit 1
-    fi
+    cd -P "$root" 2>/dev/null || refuse "no directory $root"
+    stop_if_refused
     root=$PWD
     while [ "$root" != "${root%/}" ]; do root=${root%/}; done # / is this system
 fi
