@@ -876,13 +876,15 @@ $(agents)
 end
 }
 
-# check_reach PATH...: their directories must be there, or possible to make.
+# check_reach PATH...: their directories must be there, or possible to make, and what is in their place possible to replace.
 check_reach() {
     for path; do
         if blocked "${path%/*}"; then
             refuse "$path is out of reach in ${root:-/}: $obstacle is no directory in it"
         elif ! writable .; then # we are in it, or in the nearest that there is
             refuse "$path cannot be written in ${root:-/}: $PWD is read-only"
+        else
+            check_writable "$path"
         fi
     done
 }
@@ -906,7 +908,6 @@ check_files() {
         if there "$path" && [ ! -L "$name" ] && [ ! -f "$name" ]; then
             refuse "$path is there in ${root:-/} and is no file: remove it"
         fi
-        ! writable . || check_writable "$path"
     done
 }
 
