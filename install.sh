@@ -374,7 +374,7 @@ starts() {
 # enabled UNITS: print those that fit and would be started at a boot.
 enabled() {
     for directory in $unit_path; do
-        (enter "$directory" && find . -xdev -type l \( -path "./*.wants/$1" -o -path "./*.requires/$1" \)) || :
+        ! enter "$directory" || find . -xdev -type l \( -path "./*.wants/$1" -o -path "./*.requires/$1" \)
     done | sed 's|.*/||' | sort -u | while read -r link; do
         ! starts "$link" || echo "$link"
     done
@@ -698,10 +698,8 @@ tell_what_is_left() {
     [ -z "$password" ] || say "left what opens every VM, a password of: $password"
     [ -z "$(having /etc/iscsi/initiatorname.iscsi '^InitiatorName=')" ] ||
         say 'left /etc/iscsi/initiatorname.iscsi: name at iSCSI targets, which every VM will have'
-    for files in /etc/ssh/sshd_config '/etc/ssh/sshd_config.d/*.conf'; do
-        having "$files" '^[[:space:]]*[Hh][Oo][Ss][Tt][Kk][Ee][Yy][[:space:]=]'
-    done | while read -r config; do
-        if at "$config" && grep -i '^[[:space:]]*HostKey[[:space:]=]' "$name" | grep -qv /etc/ssh/ssh_host_; then
+    { having /etc/ssh/sshd_config .; having '/etc/ssh/sshd_config.d/*.conf' .; } | while read -r config; do
+        if lines_of "$config" | grep -i '^[[:space:]]*HostKey[[:space:]=]' | grep -qv /etc/ssh/ssh_host_; then
             say "left SSH host keys that every VM will have: $config names others than /etc/ssh/ssh_host_*"
         fi
     done
