@@ -250,10 +250,10 @@ network.service
 end
 }
 
-# What is said. What comes from an image cannot command the terminal.
+# What is said. What comes from an image cannot command the terminal: it sees printable ASCII alone.
 
 say() {
-    printf '%s' "$1" | tr '\n\000-\011\013-\037\177' ' ?' # whatever is left over is the last, ?
+    printf '%s' "$1" | tr '\n\000-\011\013-\037\177-\377' ' ?' # whatever is left over is the last, ?
     echo
 }
 

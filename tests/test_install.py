@@ -129,9 +129,9 @@ class InstallCase(unittest.TestCase):
         self.assertEqual((done.returncode, done.stderr), (0, ""), done)
         self.assertLessEqual(OURS, set(self.tree()))
 
-    def check_refused(self, reason: str, *arguments: str, first: str = ":") -> None:
+    def check_refused(self, reason: str, *arguments: str, first: str = ":", shell: Tuple[str, ...] = ("sh",)) -> None:
         before = self.tree()
-        done = self.install(*arguments, first=first)
+        done = self.install(*arguments, first=first, shell=shell)
         self.assertEqual((done.returncode, done.stdout), (1, ""), done)
         self.assertRegex(done.stderr, rf"\Ainstall\.sh: .*{reason}.*; nothing was changed\n\Z")
         self.assertEqual(self.tree(), before)
@@ -206,6 +206,12 @@ class InstallTest(InstallCase):
         self.assertIn("var/usrlocal/sbin/azure-provisioning", self.tree())
         self.assertEqual(self.install("--uninstall").returncode, 0)
         self.assertNotIn("var/usrlocal/sbin/azure-provisioning", self.tree())
+        os.rename(self.path("etc/systemd"), self.path("usr/lib/etc-systemd"))
+        self.link("../usr/lib/etc-systemd", "etc/systemd")
+        for arguments in ((), (), ("--uninstall",)):
+            done = self.install(*arguments)
+            self.assertEqual((done.returncode, done.stderr), (0, ""), done)
+        self.assertEqual([name for name in self.tree() if "azure-provisioning" in name], [])
 
 
 class SelinuxTest(InstallCase):
@@ -681,6 +687,12 @@ class OthersTest(InstallCase):
         for name in OURS:
             self.assertIn(f"took away /{name}, ", done.stderr)
         self.assertEqual(OURS & set(self.tree()), set())
+
+    def test_uninstall_of_what_cannot_be_written_is_refused(self) -> None:
+        self.check_installed()
+        path = f"'{self.path(PROGRAM)}'"
+        bound = f"mount --bind {path} {path}; mount -o remount,bind,ro {path}"
+        self.check_refused(f"/{PROGRAM} cannot be written in .*: run chattr -i for it", "--uninstall", first=bound)
 
     def test_uninstall_leaves_a_link_in_place_of_a_unit(self) -> None:
         self.link("/opt/mine/azure-provisioning.service", UNIT)
