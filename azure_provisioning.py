@@ -256,17 +256,13 @@ def parse_answer(received: bytes, ended: bool) -> "Optional[Tuple[int, str, floa
         raise ValueError(f"not an HTTP answer: {status_line!r:.80}")
     fields: Dict[bytes, bytes] = {}
     for line in lines:
-        name, colon, value = line.partition(b":")
-        if not colon or name.split() != [name]:
-            raise ValueError(f"not a header: {line!r:.80}")
-        name, value = name.lower(), value.strip(b" \t")
-        if fields.setdefault(name, value) != value and name in (b"content-length", b"transfer-encoding"):
-            raise ValueError(f"contradictory headers: {line!r:.80}")
+        name, _, value = line.partition(b":")
+        fields.setdefault(name.lower(), value.strip())
     length, coding, pause = map(fields.get, (b"content-length", b"transfer-encoding", b"retry-after"))
     body: Optional[bytes]
     if coding is not None:
-        if length is not None or coding.lower() != b"chunked":
-            raise ValueError(f"contradictory headers, or an encoding that was not asked for: {coding!r:.80}")
+        if coding.lower() != b"chunked":
+            raise ValueError(f"an encoding that was not asked for: {coding!r:.80}")
         body = join_chunks(rest)
     elif length is not None:
         if not length.isdigit() or len(length) > 15:
@@ -629,19 +625,11 @@ def rename_in_hosts(text: str, name: str) -> str:
         hosts = names.split()
         if address != "127.0.1.1" or not hosts:
             continue
-        if name in hosts:
-            break
-        old = hosts[0].partition(".")[0]
-        renamed: List[str] = []
-        for host in hosts:
-            label, dot, domain = host.partition(".")
-            if label != old:
-                renamed.append(host)
-            elif has_domain:
-                renamed += [name, short]
-            else:
-                renamed.append(name + dot + domain)
-        lines[number] = entry[: -len(names)] + " ".join(dict.fromkeys(renamed)) + line[len(entry) :]
+        if name not in hosts:
+            old, _, domain = hosts[0].partition(".")
+            renamed = [f"{name}.{domain}", name] if domain and not has_domain else [name, short]
+            renamed += [host for host in hosts if host.partition(".")[0] != old]
+            lines[number] = entry[: -len(names)] + " ".join(dict.fromkeys(renamed)) + line[len(entry) :]
         break
     return "\n".join(lines)
 
@@ -734,7 +722,7 @@ def wait_until(condition: "Callable[[], bool]") -> bool:
 def publish_host_name(name: str, dry_run: bool = False) -> None:
     """Have the DHCP client of the default route send name to the virtual network's DNS, and wait for the lease.
 
-    Best effort: trouble is one line that says what to do by hand, and an error if the network has gone.
+    Best effort: trouble is one line that says what to do by hand.
     """
     advice = f"for other machines to resolve {name}, restart the DHCP client, or reboot"
     interface = default_interface()
@@ -748,7 +736,7 @@ def publish_host_name(name: str, dry_run: bool = False) -> None:
         return
     started = time.monotonic()
     # Once more if the route has gone, for clients that hang have been seen; not if a command has failed.
-    for level, what_next in ((WARNING, "trying again"), (ERROR, advice)):
+    for is_first in (True, False):
         trouble = ""
         try:
             renew(client, interface)
@@ -756,9 +744,9 @@ def publish_host_name(name: str, dry_run: bool = False) -> None:
             trouble = str(error)
         if wait_until(lambda: default_interface() == interface):
             break
-        log(level, f"{interface} has no default route after {trouble or command}; {what_next}")
-    else:
-        return
+        trouble = f"{interface} has no default route after {trouble or command}"
+        if is_first:
+            log(WARNING, f"{trouble}; trying again")
     if trouble:
         log(WARNING, f"{trouble}; {advice}")
     else:

@@ -556,7 +556,7 @@ end
 # in_homes HOW FILES: do it in the home of everybody.
 in_homes() {
     while read -r home; do
-        case $leaving in *" $home "*) ;; *) "$1" "$home$2" ;; esac
+        case $leaving in *":$home:"*) ;; *) "$1" "$home$2" ;; esac
     done <<end
 $(homes)
 end
@@ -750,7 +750,7 @@ check_removal() {
         else
             if is_home_alone "$account"; then
                 clear "$home" # nothing yet, as in forget()
-                leaving="$leaving $home "
+                leaving="$leaving:${home%/}:"
             fi
             forget_spools "$account"
         fi

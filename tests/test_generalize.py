@@ -977,9 +977,11 @@ class RemoveUserTest(GeneralizeCase):
             )
 
     def test_a_check_tells_what_stays_and_not_what_goes_with_the_account(self) -> None:
-        for name in ("azureuser/.ssh/id_rsa", "alice/.ssh/id_rsa"):
+        for name in ("azureuser/.ssh/id_rsa", "alice/.ssh/id_rsa", "alice 2/.ssh/authorized_keys"):
             self.write("home/" + name, "secret")
-        arguments = "--generalize", "--remove-user", "azureuser"
+        passwd = str(self.tree()["etc/passwd"][1]).replace("/home/azureuser", "/home/azureuser/")
+        self.write("etc/passwd", passwd + "alice2:x:1003:1003::/home/alice 2:/bin/sh\n")
+        arguments = "--generalize", "--remove-user", "azureuser", "--remove-user", "alice2"
         for check in (["--check"], []):
             done = self.install(*arguments, *check)
             told = [line for line in done.stdout.splitlines() if "private keys" in line]
