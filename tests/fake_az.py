@@ -204,8 +204,9 @@ def main() -> int:
     except RefusedError as refused:
         print(f"ERROR: {refused}", file=sys.stderr)
         return 1
-    with open(state, "w", encoding="utf-8") as file:
+    with open(state + ".new", "w", encoding="utf-8") as file:
         json.dump(subscription.resources, file)
+    os.replace(state + ".new", state)  # at once, for somebody may be reading it
     if answer:
         print(answer if answer not in ("True", "False") else answer.lower())
     return 0
