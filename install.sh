@@ -89,7 +89,6 @@ generalize() {
     check_files /etc/machine-id /etc/hostname
     check_network_is_for_every_vm
     check_network_comes_up
-    copies=$(mktemp -d)
     check_netplan
     check_fstab
     [ -r /proc/self/mountinfo ] || refuse '/proc is not mounted here, which tells what is mounted in what will be emptied'
@@ -302,7 +301,8 @@ stop_if_refused() {
 
 end() {
     status=$?
-    rm -rf "$temporary" "$copies"
+    [ -z "$temporary" ] || rm -f "$temporary"
+    [ -z "$copies" ] || rm -rf "$copies"
     if [ -n "$changing" ] && [ "$status" != 0 ]; then
         warn "this failed half-way, and ${root:-/} is not what it should be: mend the cause and run it again"
     fi
@@ -346,11 +346,11 @@ runs() {
 }
 
 # having FILES LINE: print those files that have such a line. FILES is a pattern; what it finds out of the target system,
-# behind a link, is no file().
+# behind a link, is no file(). Nor need be what somebody reads here, for a name with a newline is two.
 having() {
     cd "$root/"
     for path in .$1; do
-        if file "${path#.}" && grep -Eq -e "$2" "$name"; then echo "${path#.}"; fi
+        if file "${path#.}" && grep -Eq -e "$2" "$name"; then printf '%s\n' "${path#.}"; fi
     done
 }
 
@@ -501,8 +501,8 @@ take_away() {
 add_or_drop_user() {
     if [ -n "$user" ]; then
         put 644 "$user_dropin" signed the_user_dropin
-        having "${user_dropin%/*}/*.conf" '^ExecStart=.*/azure-provisioning' | while read -r dropin; do
-            if at "$dropin" && ! grep -q '^ExecStart=.* user' "$name"; then
+        having "${user_dropin%/*}/*.conf" '^ExecStart=.*/azure-provisioning' | while IFS= read -r dropin; do
+            if file "$dropin" && ! grep -q '^ExecStart=.* user' "$name"; then
                 warn "$dropin says what the unit runs, without the step user: nobody is created until it is hostname user ready"
             fi
         done
@@ -555,7 +555,7 @@ end
 
 # in_homes HOW FILES: do it in the home of everybody.
 in_homes() {
-    while read -r home; do
+    while IFS= read -r home; do
         case $leaving in *":$home:"*) ;; *) "$1" "$home$2" ;; esac
     done <<end
 $(homes)
@@ -698,7 +698,7 @@ tell_what_is_left() {
     [ -z "$password" ] || say "left what opens every VM, a password of: $password"
     [ -z "$(having /etc/iscsi/initiatorname.iscsi '^InitiatorName=')" ] ||
         say 'left /etc/iscsi/initiatorname.iscsi: name at iSCSI targets, which every VM will have'
-    { having /etc/ssh/sshd_config .; having '/etc/ssh/sshd_config.d/*.conf' .; } | while read -r config; do
+    { having /etc/ssh/sshd_config .; having '/etc/ssh/sshd_config.d/*.conf' .; } | while IFS= read -r config; do
         if lines_of "$config" | grep -i '^[[:space:]]*HostKey[[:space:]=]' | grep -qv /etc/ssh/ssh_host_; then
             say "left SSH host keys that every VM will have: $config names others than /etc/ssh/ssh_host_*"
         fi
@@ -769,7 +769,8 @@ remove_user() {
     take_keys_from_root "$1"
     remove_home "$1"
     forget_spools "$1"
-    rules_for "$1" | while read -r rules; do
+    rules_for "$1" | while IFS= read -r rules; do
+        file "$rules" || continue
         # A rule goes on in the next line after a backslash.
         put 440 "$rules" sed -E -e "/$(rule_of "$1")/{" -e ':a;/\\$/{N;ba;};d;}' -e "/^# User rules for $1\$/d" "./${rules##*/}"
         grep -q '^[[:space:]]*[^#[:space:]]' "$name" || rm "$name"
@@ -822,7 +823,8 @@ is_home_alone() {
 
 # By this machine's userdel, but on copies: in an image it would follow links, and do what login.defs says.
 remove_from_lists() {
-    mkdir -p "$copies/etc"
+    copies=$(mktemp -d)
+    mkdir "$copies/etc"
     echo 'USERGROUPS_ENAB yes' >"$copies/etc/login.defs"
     for list in $lists; do
         ! file "$list" || cp -p "$name" "$copies$list"
@@ -835,6 +837,7 @@ remove_from_lists() {
         mv -f "$temporary" "$name"
     done
     temporary=''
+    rm -r "$copies"
 }
 
 # What has to hold before anything is changed.
@@ -932,8 +935,8 @@ check_installed() {
 
 check_network_is_for_every_vm() {
     while read -r why files line remedy; do
-        found=$(having "$files" "$line" | while read -r config; do
-            ! at "$config" || ! without_mac "$name" | grep -Eq -e "$line" || echo "$config"
+        found=$(having "$files" "$line" | while IFS= read -r config; do
+            ! file "$config" || ! without_mac "$name" | grep -Eq -e "$line" || printf '%s\n' "$config"
         done)
         case $why in
             mac) why='is bound to a MAC address, and every VM has another' ;;
@@ -968,8 +971,8 @@ without_mac() {
 }
 
 unbind_netplan() {
-    having '/etc/netplan/*.yaml' macaddress | while read -r config; do
-        at "$config" || continue
+    having '/etc/netplan/*.yaml' macaddress | while IFS= read -r config; do
+        file "$config" || continue
         if [ "$(without_mac "$name")" != "$(cat "$name")" ]; then
             put 600 "$config" without_mac "$name"
             say "took out of $config the line of the MAC address, beside that of the driver"
@@ -986,9 +989,10 @@ check_netplan() {
         warn "whether /etc/netplan is right is not known, for this machine has no netplan: run netplan generate there"
         return
     fi
+    copies=$(mktemp -d)
     mkdir -p "$copies/etc/netplan"
-    echo "$found" | while read -r config; do
-        ! at "$config" || without_mac "$name" >"$copies$config"
+    printf '%s\n' "$found" | while IFS= read -r config; do
+        ! file "$config" || without_mac "$name" >"$copies$config"
     done
     if ! said=$(netplan generate --root-dir "$copies" 2>&1); then
         object "netplan refuses what /etc/netplan says in ${root:-/}: $said"
@@ -997,6 +1001,7 @@ check_netplan() {
             -exec grep -Eq '^(Name|OriginalName|Driver|Path|[Tt]ype)=' {} \; -print | grep -q .; then
         object "of what /etc/netplan says in ${root:-/} netplan makes no network with DHCP: give an interface 'dhcp4: true'"
     fi
+    rm -r "$copies"
 }
 
 # configuring: print what would configure the network.
@@ -1022,11 +1027,11 @@ check_network_comes_up() {
 check_fstab() {
     os=$(lines_of /etc/fstab | sed -n 's|^[[:space:]]*\([^#[:space:]][^[:space:]]*\)[[:space:]][[:space:]]*/[[:space:]].*|\1|p' | tail -n 1)
     while read -r device where type options _; do
-        case $device,$where,$type,$options, in
+        case "$device $where $type ,$options," in
             *,nofail,* | *,noauto,* | /dev/disk/azure/root* | /dev/disk/azure/os*) continue ;; # each VM has the last two
             /dev/disk/azure/* | /dev/disk/cloud/* | /dev/vd* | /dev/xvd*) ;;
-            "$os",*) continue ;; # a subvolume of the root's
-            *,/,* | *,/boot* | *,/efi,* | *,/usr,* | *,/var,* | *,/var/* | *,/home,* | *,/opt,* | *,/tmp,* | *,swap,*)
+            "$os "*) continue ;; # a subvolume of the root's
+            *' / '* | *' /boot'* | *' /efi '* | *' /usr '* | *' /var '* | *' /var/'* | *' /home '* | *' /opt '* | *' /tmp '* | *' swap '*)
                 continue # where systems have their own file systems
                 ;;
             /dev/* | UUID=* | LABEL=* | PARTUUID=* | PARTLABEL=*) ;;

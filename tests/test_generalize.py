@@ -526,6 +526,12 @@ class NoImageTest(GeneralizeCase):
         self.write(NETWORK, f"[Match]\nMACAddress={mac}\n[Network]\nDHCP=yes\n")
         self.check_is_no_image("is bound to a MAC address")
 
+    def test_a_name_with_backslashes_is_one(self) -> None:
+        for name in ("50\\cx.network", "50\\nx.network"):
+            self.write("etc/systemd/network/" + name, "[Match]\nMACAddress=00:0d:3a:00:00:01\n[Network]\nDHCP=yes\n")
+            self.check_refused("is bound to a MAC address", "--generalize")
+            os.unlink(self.path("etc/systemd/network/" + name))
+
     def test_a_file_in_no_encoding_is_read_all_the_same(self) -> None:
         with open(self.path("etc/netplan/x.yaml"), "wb") as file:
             file.write(b"{caf\xe9: {macaddress: '00:0d:3a:12:34:56'}}\n")
@@ -838,6 +844,8 @@ class NoImageTest(GeneralizeCase):
             ("# /dev/disk/cloud/azure_resource-part1 /mnt auto defaults 0 2", False),
             ("UUID=1-2-3 / ext4 defaults 0 1", False),
             ("UUID=1-2-3 /data xfs defaults 0 0", True),
+            ("UUID=1-2-3 /data xfs defaults,swap 0 0", True),
+            ("UUID=1-2-3 /data nofail", True),
             ("/dev/vda1 / ext4 defaults 0 1", True),
             ("/dev/vda2 /boot/efi vfat defaults 0 1", True),
             ("UUID=a / btrfs defaults 0 0\nUUID=a /srv btrfs subvol=@/srv 0 0", False),
@@ -1092,6 +1100,21 @@ class RemoveUserTest(GeneralizeCase):
         self.assertEqual(done.returncode, 0, done)
         self.assertIn("left the home /home/azureuser", done.stdout)
         self.assertNotIn("azureuser", str(self.tree()["etc/passwd"][1]))
+
+    def test_a_name_is_that_of_one_file_whatever_is_in_it(self) -> None:
+        rule = "azureuser ALL=(ALL) NOPASSWD:ALL\n"
+        for shell in (("sh",), ("busybox", "sh"), ("bash", "--posix")):
+            if not shutil.which(shell[0]):
+                continue
+            self.setUp()
+            self.link(self.outside + "/victim", "etc/sudoers.d/x")
+            for name in ("x\\ny", "x\\c", "x ", "x\n/etc/passwd"):
+                self.write("etc/sudoers.d/" + name.replace("/", "_"), rule)
+            done = self.install("--generalize", "--remove-user", "azureuser", shell=shell)
+            self.assertEqual((done.returncode, done.stderr), (0, ""), done)
+            self.assertTrue(os.path.islink(self.path("etc/sudoers.d/x")))
+            left = [name for name, entry in self.tree().items() if entry[1] == rule]
+            self.assertEqual(left, ["etc/sudoers.d/x\n_etc_passwd"])
 
     def test_what_login_defs_says_is_not_done(self) -> None:
         command, told = self.outside + "/command", self.outside + "/was-run"
