@@ -581,15 +581,22 @@ look_in() {
     enter "$1"
 }
 
+# mounts: print where something is mounted.
+mounts() {
+    cut -d ' ' -f 5 /proc/self/mountinfo | sed 's/\\/\\0/g' | while IFS= read -r point; do
+        case $point in *\\*) point=$(printf %b "$point") ;; esac # a space is \040 there, and \0040 to printf
+        printf '%s\n' "$point"
+    done
+}
+
 # check_mounts DIR TEST: before DIR is emptied, nothing may be mounted in it that fits TEST.
 check_mounts() {
     [ -z "$changing" ] && enter "$1" || return 0
     while IFS= read -r point; do
-        case $point in *\\*) point=$(printf %b "$point") ;; esac # a space is \040 there, and \0040 to printf
         case $point in "$PWD"/*) ;; *) continue ;; esac
         ! "$2" "$point" || refuse "$point is mounted in $1, which is to be emptied: unmount it"
     done <<end
-$(cut -d ' ' -f 5 /proc/self/mountinfo | sed 's/\\/\\0/g')
+$(mounts)
 end
 }
 
@@ -800,7 +807,7 @@ forget_spools() {
     done
 }
 
-# Where it is below /home, where it says, and neither somebody else's nor above theirs.
+# Where it is below /home, where it says, and neither somebody's who stays nor above theirs.
 remove_home() {
     if is_home_alone "$1"; then
         clear "$home"
@@ -815,7 +822,7 @@ is_home_alone() {
     below=${home#/home/}
     [ "$mine" = "$homes/${below%/}" ] && [ "$mine" != "$homes/" ] || return
     lines_of /etc/passwd | while IFS=: read -r listed _ _ _ _ theirs _; do
-        if [ "$listed" != "$1" ] && enter "$theirs"; then
+        if stays "$listed" && enter "$theirs"; then
             case $PWD/ in "$mine"/*) return 1 ;; esac
         fi
     done
@@ -895,10 +902,13 @@ writable() {
     chmod u+ "$1" 2>/dev/null
 }
 
-# check_writable PATH: a file must not be immutable, or this would end half-way.
+# check_writable PATH: a file must not be immutable, nor mounted there, or this would end half-way.
 check_writable() {
-    if file "$1" && ! writable "$name"; then
+    file "$1" || return 0
+    if ! writable "$name"; then
         refuse "$1 cannot be written in ${root:-/}: run chattr -i for it"
+    elif mounts | grep -Fqx "$PWD/${name#./}"; then
+        refuse "$1 is mounted in ${root:-/}, from elsewhere: unmount it"
     fi
 }
 

@@ -375,15 +375,19 @@ class OutsideTest(GeneralizeCase):
                 self.assertEqual(len(left), len(KEPT), left)
 
     def test_a_directory_that_is_reached_through_a_link_out_of_the_image_is_told_and_left(self) -> None:
-        for name in ("var/lib/waagent", "var/log", "etc/ssh", "home", "home/alice", "var/lib/NetworkManager"):
+        names = "var/lib/waagent", "var/log", "etc/ssh", "home", "home/alice", "var/lib/NetworkManager", "var/lib"
+        for name in names:
             for exists in (True, False):
                 with self.subTest(name, exists=exists):
                     self.setUp()
+                    beside = os.path.join(os.path.dirname(name), "precious")
+                    self.write(beside, "theirs\n")
                     os.rename(self.path(name), self.path("elsewhere"))
                     self.link(self.outside + "/elsewhere" if exists else "/elsewhere", name)
                     if exists:
                         shutil.copytree(self.path("elsewhere"), self.outside + "/elsewhere")
                     self.check_is_no_image(f"/{name} in .* is a link that leads nowhere in it")
+                    self.assertIn(beside, self.tree())
 
     def test_homes_that_are_links_out_of_the_image_are_each_told_once(self) -> None:
         for name in ("carol", "dave"):
@@ -525,6 +529,12 @@ class NoImageTest(GeneralizeCase):
                 self.write(NETWORK, "[Match]\nDriver=hv_netvsc\n[Network]\nDHCP=yes\n")
         self.write(NETWORK, f"[Match]\nMACAddress={mac}\n[Network]\nDHCP=yes\n")
         self.check_is_no_image("is bound to a MAC address")
+
+    def test_a_link_out_of_the_image_binds_no_network(self) -> None:
+        with open(self.outside + "/bound.network", "w", encoding="utf-8") as file:
+            file.write("[Match]\nMACAddress=00:0d:3a:00:00:01\n")
+        self.link(self.outside + "/bound.network", "etc/systemd/network/bound.network")
+        self.check_generalized()
 
     def test_a_name_with_backslashes_is_one(self) -> None:
         for name in ("50\\cx.network", "50\\nx.network"):
@@ -751,6 +761,9 @@ class NoImageTest(GeneralizeCase):
         cases: List[Tuple[str, str, List[str]]] = [("usr/local", program, [])]
         for name in ("etc/hostname", "etc/resolv.conf", "etc/machine-id"):
             cases.append((name, f"/{name} cannot be written in .*: run chattr -i for it", ["--generalize"]))
+        path = f"'{self.root}/etc/resolv.conf'"
+        mounted = "/etc/resolv.conf is mounted in .*, from elsewhere: unmount it"
+        self.check_refused(mounted, "--generalize", first=f"mount --bind {path} {path}")
         for shell in (("sh",), ("busybox", "sh")):  # to busybox's [, root can write whatever it is
             for name, reason, arguments in cases:
                 path = f"'{self.root}/{name}'"
@@ -851,6 +864,7 @@ class NoImageTest(GeneralizeCase):
             ("UUID=a / btrfs defaults 0 0\nUUID=a /srv btrfs subvol=@/srv 0 0", False),
             ("UUID=a /srv btrfs subvol=@/srv 0 0\n UUID=a\t/ btrfs defaults 0 0", False),
             ("UUID=a /srv btrfs subvol=@/srv 0 0\n#UUID=a / btrfs defaults 0 0", True),
+            ("UUID=b / ext4 defaults 0 0\nUUID=a / btrfs defaults 0 0\nUUID=a /srv btrfs subvol=@/srv 0 0", False),
             ("UUID=a \t / btrfs defaults 0 0\n# / was on /dev/sda1\nUUID=a /srv btrfs subvol=@/srv 0 0", False),
             ("LABEL=a#1 / btrfs defaults 0 0\nLABEL=a#1 / btrfs defaults 0 0\nLABEL=a#1 /srv btrfs subvol=s", False),
             ("/dev/sdc1 /srv ext4 defaults 0 2", True),
@@ -1048,6 +1062,19 @@ class RemoveUserTest(GeneralizeCase):
             first=f"mount -t tmpfs tmpfs '{self.root}/home/azureuser/mnt 1'",
         )
 
+    def test_what_is_mounted_in_a_home_that_two_leave_is_refused(self) -> None:
+        for home in ("home/azureuser", "home/azureuser/inner"):
+            os.makedirs(self.path("home/azureuser/inner/mnt"), exist_ok=True)
+            passwd = str(self.tree()["etc/passwd"][1]).replace("/home/alice:", f"/{home}:")
+            self.write("etc/passwd", passwd)
+            done = self.install(
+                *("--generalize", "--remove-user", "azureuser", "--remove-user", "alice", "--force"),
+                first=f"mount --bind '{self.outside}' '{self.root}/home/azureuser/inner/mnt'",
+            )
+            self.assertEqual(done.returncode, 1, done)
+            self.assertIn("/inner/mnt is mounted in /home/azureuser, which is to be emptied: unmount it; ", done.stderr)
+            self.write("etc/passwd", passwd.replace(f"/{home}:", "/home/alice:", 1))
+
     def test_a_spool_that_leads_out_of_the_image_is_refused_before_anything_is_changed(self) -> None:
         shutil.rmtree(self.path("var/mail"))
         self.link("/var/spool/elsewhere", "var/mail")
@@ -1128,7 +1155,21 @@ class RemoveUserTest(GeneralizeCase):
     def test_who_is_removed_opens_no_vm(self) -> None:
         self.assertIn("authorized keys of: azureuser\n", self.check_generalized())
         self.use()
+        check = self.install("--generalize", "--check", "--remove-user", "azureuser").stdout
+        self.assertEqual([line for line in check.splitlines() if "opens every VM" in line], [])
         self.assertNotIn("left ", self.check_generalized("--remove-user", "azureuser"))
+
+    def test_nothing_of_it_is_left_where_userdel_worked(self) -> None:
+        for userdel in ("userdel", "false"):
+            self.setUp()
+            first = f"mkdir /run/bin /run/tmp; ln -s {shutil.which(userdel)} /run/bin/userdel; PATH=/run/bin:$PATH"
+            done = self.install(
+                *("--generalize", "--remove-user", "azureuser"),
+                first=first + "; export TMPDIR=/run/tmp",
+                shell=("sh", "-c", 'sh "$@"; ls -A /run/tmp', "sh"),
+            )
+            self.assertNotIn("tmp.", done.stdout)
+            self.assertEqual("half-way" in done.stderr, userdel == "false", done)
 
 
 class ResolvConfTest(GeneralizeCase):

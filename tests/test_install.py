@@ -494,6 +494,7 @@ class OutsideTest(InstallCase):
                 self.assertNotEqual(done.returncode, 0, done)
                 self.assertEqual(done.stdout, "")
                 self.assertNotIn(WANTS, self.tree())
+                self.assertEqual([name for name in self.tree() if name.startswith((UNIT + ".", PROGRAM + "."))], [])
 
     def test_directories_are_not_writable_for_everybody(self) -> None:
         shutil.rmtree(self.path("usr/local"))
