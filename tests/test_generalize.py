@@ -243,7 +243,7 @@ class ForgetTest(GeneralizeCase):
                 self.assertEqual(set(OWN) & set(self.tree()), set())
 
     def test_a_step_that_fails_ends_it_before_it_looks_done(self) -> None:
-        failing = f"mount --bind '{self.root}/etc/resolv.conf' '{self.root}/etc/resolv.conf'"
+        failing = f"mount --bind '{self.root}/etc/passwd-' '{self.root}/etc/passwd-'"
         done = self.install("--generalize", first=failing)
         self.assertNotEqual(done.returncode, 0, done)
         self.assertIn("half-way", done.stderr)
