@@ -459,7 +459,8 @@ def parse_instance(text: str) -> Instance:
     if compute.get("userData"):
         ignored.append("user data")
         compute["userData"] = "..."  # not for the log: it may be secret
-    log(DEBUG, f"IMDS has the document {json.dumps(document):.3000}")
+    if log_level == DEBUG:
+        log(DEBUG, f"IMDS has the document {json.dumps(document):.3000}")
     # A string, but a boolean has been seen, too.
     passwords_disabled = str(os_profile.get("disablePasswordAuthentication")).lower() == "true"
     user, keys = os_profile.get("adminUsername") or "", compute.get("publicKeys") or []
