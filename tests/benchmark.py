@@ -239,8 +239,7 @@ def measure_boot(release: str, runs: int) -> None:
     lab = vm.Lab()
     try:
         with vm.Azure(lab) as azure, Quiet(lab, release) as computer, vm.explained(computer, azure):
-            computer.write("usr/local/sample.py", SAMPLE_PROGRAM)
-            computer.write("etc/systemd/system/sample.service", SAMPLE_UNIT)
+            add_sample(computer)
             azure.start_network(delay=0).start()
             computer.boot(azure)
             computer.wait_until_booted()
@@ -256,6 +255,12 @@ def measure_boot(release: str, runs: int) -> None:
         ["from its start to", "in the first boot", "quiet"],
         rows,
     )
+
+
+def add_sample(computer: vm.VM) -> None:
+    """Put what the documentation's page shows into computer."""
+    computer.write("usr/local/sample.py", SAMPLE_PROGRAM)
+    computer.write("etc/systemd/system/sample.service", SAMPLE_UNIT)
 
 
 class Quiet(container.Container):
@@ -351,8 +356,7 @@ class WithSample(Bare):
 
     def __init__(self, lab: vm.Lab, release: str) -> None:
         super().__init__(lab, release)
-        self.write("usr/local/sample.py", SAMPLE_PROGRAM)
-        self.write("etc/systemd/system/sample.service", SAMPLE_UNIT)
+        add_sample(self)
         self.systemctl("enable", "sample.service")
 
 

@@ -243,8 +243,7 @@ class ForgetTest(GeneralizeCase):
                 self.assertEqual(set(OWN) & set(self.tree()), set())
 
     def test_a_step_that_fails_ends_it_before_it_looks_done(self) -> None:
-        failing = f"mount --bind '{self.root}/etc/passwd-' '{self.root}/etc/passwd-'"
-        done = self.install("--generalize", first=failing)
+        done = self.install("--generalize", first=self.bind("etc/passwd-", read_only=False))
         self.assertNotEqual(done.returncode, 0, done)
         self.assertIn("half-way", done.stderr)
         self.assertNotIn("generalized", done.stdout)
@@ -761,14 +760,12 @@ class NoImageTest(GeneralizeCase):
         cases: List[Tuple[str, str, List[str]]] = [("usr/local", program, [])]
         for name in ("etc/hostname", "etc/resolv.conf", "etc/machine-id"):
             cases.append((name, f"/{name} cannot be written in .*: run chattr -i for it", ["--generalize"]))
-        path = f"'{self.root}/etc/resolv.conf'"
         mounted = "/etc/resolv.conf is mounted in .*, from elsewhere: unmount it"
-        self.check_refused(mounted, "--generalize", first=f"mount --bind {path} {path}")
+        self.check_refused(mounted, "--generalize", first=self.bind("etc/resolv.conf", read_only=False))
+        self.check_refused("/proc is not mounted here, ", "--generalize", first="mount -t tmpfs tmpfs /proc")
         for shell in (("sh",), ("busybox", "sh")):  # to busybox's [, root can write whatever it is
             for name, reason, arguments in cases:
-                path = f"'{self.root}/{name}'"
-                bound = f"mount --bind {path} {path}; mount -o remount,bind,ro {path}"
-                self.check_refused(reason, *arguments, first=bound, shell=shell)
+                self.check_refused(reason, *arguments, first=self.bind(name), shell=shell)
 
     def test_a_check_tells_all_and_changes_nothing(self) -> None:
         self.write("home/alice/.ssh/authorized_keys", "ssh-ed25519 AAAA alice\n")
@@ -991,11 +988,10 @@ class RemoveUserTest(GeneralizeCase):
     def test_what_it_changes_and_cannot_write_is_refused_before_anything_is_changed(self) -> None:
         self.write("root/.ssh/authorized_keys", "ssh-ed25519 AAAAC3z admin\n")
         for name in ("root/.ssh/authorized_keys", "etc/shadow", "etc/passwd", "etc/subgid"):
-            path = f"'{self.root}/{name}'"
             self.check_refused(
                 f"/{name} cannot be written in .*: run chattr -i for it",
                 *("--generalize", "--remove-user", "azureuser"),
-                first=f"mount --bind {path} {path}; mount -o remount,bind,ro {path}",
+                first=self.bind(name),
             )
 
     def test_a_check_tells_what_stays_and_not_what_goes_with_the_account(self) -> None:

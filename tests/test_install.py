@@ -124,6 +124,11 @@ class InstallCase(unittest.TestCase):
         self.assertEqual(self.tree(self.outside), before, done)
         return done
 
+    def bind(self, name: str, read_only: bool = True) -> str:
+        """Return the commands that mount what is called name once more in its place."""
+        path = f"'{self.root}/{name}'"
+        return f"mount --bind {path} {path}" + f"; mount -o remount,bind,ro {path}" * read_only
+
     def check_installed(self, *arguments: str) -> None:
         done = self.install(*arguments)
         self.assertEqual((done.returncode, done.stderr), (0, ""), done)
@@ -451,6 +456,11 @@ class OutsideTest(InstallCase):
                 self.write(name)
                 self.check_refused(f"/{name} is no directory")
 
+    def test_a_machine_without_proc_installs(self) -> None:
+        for _ in range(2):
+            done = self.install(first="mount -t tmpfs tmpfs /proc")
+            self.assertEqual((done.returncode, done.stderr), (0, ""), done)
+
     def test_all_reasons_are_told_at_once(self) -> None:
         os.unlink(self.path("usr/bin/python3"))
         os.mkdir(self.path(PROGRAM))
@@ -691,9 +701,8 @@ class OthersTest(InstallCase):
 
     def test_uninstall_of_what_cannot_be_written_is_refused(self) -> None:
         self.check_installed()
-        path = f"'{self.path(PROGRAM)}'"
-        bound = f"mount --bind {path} {path}; mount -o remount,bind,ro {path}"
-        self.check_refused(f"/{PROGRAM} cannot be written in .*: run chattr -i for it", "--uninstall", first=bound)
+        reason = f"/{PROGRAM} cannot be written in .*: run chattr -i for it"
+        self.check_refused(reason, "--uninstall", first=self.bind(PROGRAM))
 
     def test_uninstall_leaves_a_link_in_place_of_a_unit(self) -> None:
         self.link("/opt/mine/azure-provisioning.service", UNIT)
